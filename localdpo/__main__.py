@@ -1,0 +1,5 @@
+"""`python -m localdpo`."""
+
+from localdpo.cli import main
+
+main()

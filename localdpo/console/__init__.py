@@ -1,0 +1,1 @@
+"""What the command line shows and reads. Never imported by the library's other packages."""

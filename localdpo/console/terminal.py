@@ -1,0 +1,79 @@
+"""What the terminal can do, and plain text laid out for it. Knows nothing of models, recipes or runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def is_live(stream: TextIO) -> bool:
+    """Tell whether ``stream`` is a terminal that understands cursor movement and colour."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
+def width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def tolerate_narrow_encodings() -> None:
+    """Print what the terminal's encoding lacks as a backslash escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Lay ``rows`` out under ``header`` in aligned columns; the columns numbered in ``right`` align right."""
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def bytes_text(count: float) -> str:
+    """``count`` bytes in decimal units, as disks and model hubs give them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def count_text(count: int) -> str:
+    """``count`` in three figures: 950, 4.9M, 1.2B."""
+    value = float(count)
+    for unit in ("", "k", "M"):
+        if value < 999.5:
+            return f"{value:.0f}{unit}" if value >= 100 or not unit else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.1f}B"
+
+
+def duration_text(seconds: float) -> str:
+    """``seconds`` as 45 s, 2 min 05 s or 3 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def sparkline(values: Sequence[float], length: int = 24) -> str:
+    """The last ``length`` values as a line of block characters, scaled to their own range."""
+    tail = list(values)[-length:]
+    if not tail:
+        return ""
+    low, high = min(tail), max(tail)
+    span = (high - low) or 1.0
+    return "".join(_BLOCKS[min(7, int((value - low) / span * 8))] for value in tail)

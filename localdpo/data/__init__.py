@@ -1,0 +1,1 @@
+"""Preference pairs: read from files, split, and turned into token ids."""

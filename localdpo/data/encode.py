@@ -1,0 +1,237 @@
+"""Preference pairs as token ids: prompt and answers apart, cut to length, every row left out named.
+
+The model's own chat template writes the text (see `chat.py` for the rules). Lengths count one prompt with
+one answer. This module knows nothing about batches, padding or the model's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from localdpo.data.chat import ChatFormat, ChatTokenizer, Conversation, Refusal
+from localdpo.data.pairs import Kind, Message, PreferencePair, Skipped, listed
+from localdpo.data.template import check_template
+from localdpo.errors import InputError, Problem, first_problems
+from localdpo.recipe import Truncation
+
+__all__ = [
+    "ChatTokenizer",
+    "EncodedPair",
+    "Encoding",
+    "Ids",
+    "check_template",
+    "encode_pairs",
+    "encode_prompt",
+    "end_of_turn_ids",
+]
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPair:
+    """One pair as ids. Each completion ends in exactly one end-of-turn token, unless truncation cut it off.
+
+    `row` is the pair's index in what was encoded; `line` and `source` name it in messages. `key` is the
+    sha256 of the three arrays: equal pairs of ids have equal log-probs under one model.
+    """
+
+    prompt_ids: Ids
+    chosen_ids: Ids
+    rejected_ids: Ids
+    weight: float = 1.0
+    kind: Kind = "preference"
+    row: int = 0
+    line: int = 0
+    source: str = ""
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+        object.__setattr__(self, "key", digest.hexdigest())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt, once, and of both answers."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The encoded pairs in order, the rows left out, what to tell the user, and how many were truncated."""
+
+    pairs: list[EncodedPair]
+    skipped: list[Skipped]
+    warnings: list[Problem]
+    truncated: int
+
+
+def end_of_turn_ids(tokenizer: ChatTokenizer) -> list[int]:
+    """Return the ids that end an assistant's turn in this model's template. Raises `InputError`."""
+    return [ChatFormat(tokenizer).end_of_turn]
+
+
+def encode_prompt(
+    messages: Sequence[Message],
+    tokenizer: ChatTokenizer,
+    tools: Sequence[dict[str, object]] = (),
+    thinking: bool = False,
+) -> Ids:
+    """Return the ids of a conversation up to where the assistant is to answer, as training sees them.
+
+    Raises `InputError` when the template refuses the conversation.
+    """
+    try:
+        return _array(ChatFormat(tokenizer).encode(messages, tools=tools, thinking=thinking).prompt_ids)
+    except Refusal as refusal:
+        raise InputError(Problem("the conversation", str(refusal))) from None
+
+
+def encode_pairs(
+    pairs: Sequence[PreferencePair],
+    tokenizer: ChatTokenizer,
+    max_length: int = 1024,
+    truncation: Truncation = "keep_start",
+    progress: Callable[[int, int], None] | None = None,
+) -> Encoding:
+    """Encode pairs with the model's chat template, a prompt with either answer in `max_length` tokens.
+
+    A prompt that leaves no room for an answer is skipped. Of a longer pair, `keep_start` cuts the answers'
+    ends (and then trains no end of turn for them), `keep_end` cuts the prompt's start, `skip` leaves the
+    pair out. A row the template refuses is skipped too. `progress` gets the pairs done and their number.
+    Raises `InputError` when the tokenizer has no usable chat format or when no pair is left.
+    """
+    chat = ChatFormat(tokenizer)
+    encoder = _Encoder(chat, max_length, truncation)
+    for row, pair in enumerate(pairs):
+        try:
+            encoder.add(row, pair)
+        except Refusal as refusal:
+            encoder.skipped.append(Skipped(pair.source, pair.line, str(refusal)))
+        if progress is not None:
+            progress(row + 1, len(pairs))
+    if pairs and not encoder.pairs:
+        reasons = [Problem(f"{skip.source}:{skip.line}", skip.reason) for skip in encoder.skipped]
+        message = f"0 pairs are left: all {len(pairs):,} were skipped for this model"
+        raise InputError(Problem(pairs[0].source, message), *first_problems(reasons))
+    warnings = [*encoder.notes.warnings(truncation, max_length), *_stop_warning(chat, tokenizer)]
+    return Encoding(encoder.pairs, encoder.skipped, warnings, encoder.truncated)
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count:,} pairs"
+
+
+def _array(ids: Sequence[int]) -> Ids:
+    return np.asarray(ids, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class _Encoder:
+    chat: ChatFormat
+    max_length: int
+    truncation: Truncation
+    pairs: list[EncodedPair] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    truncated: int = 0
+    notes: _Notes = field(default_factory=lambda: _Notes())
+
+    def add(self, row: int, pair: PreferencePair) -> None:
+        """Encode one pair. Raises `Refusal` with the reason to skip it."""
+        conversation = self.chat.encode(pair.prompt, (pair.chosen, pair.rejected), pair.tools)
+        prompt, (chosen, rejected) = conversation.prompt_ids, conversation.completions
+        fitted = self.fit(prompt, chosen, rejected)
+        if fitted[1] == fitted[2]:
+            raise Refusal("both answers are the same tokens" + (" once truncated" if chosen != rejected else ""))
+        cut = fitted != (prompt, chosen, rejected)
+        self.truncated += cut
+        self.notes.add(pair, conversation, cut)
+        prompt_ids, chosen_ids, rejected_ids = map(_array, fitted)
+        self.pairs.append(
+            EncodedPair(prompt_ids, chosen_ids, rejected_ids, pair.weight, pair.kind, row, pair.line, pair.source)
+        )
+
+    def fit(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Return prompt and answers cut to length by the policy. Raises `Refusal` when they cannot be."""
+        limit, longest = self.max_length, max(len(chosen), len(rejected))
+        if len(prompt) >= limit:
+            raise Refusal(f"its prompt has {len(prompt):,} tokens, which fills data.max_length ({limit:,})")
+        if len(prompt) + longest <= limit:
+            return prompt, chosen, rejected
+        if self.truncation == "keep_start":
+            room = limit - len(prompt)
+            return prompt, chosen[:room], rejected[:room]
+        if self.truncation == "skip":
+            total = len(prompt) + longest
+            raise Refusal(f"it has {total:,} tokens, more than data.max_length ({limit:,})")
+        if longest >= limit:
+            raise Refusal(f"its answer has {longest:,} tokens, which fills data.max_length ({limit:,})")
+        return prompt[len(prompt) + longest - limit :], chosen, rejected
+
+
+@dataclass(slots=True)
+class _Notes:
+    """Which lines of which file something was done to."""
+
+    lines: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    control_text: set[str] = field(default_factory=set)
+
+    def add(self, pair: PreferencePair, conversation: Conversation, cut: bool) -> None:
+        happened = {
+            "cut": cut,
+            "control": bool(conversation.control_text),
+            "system": conversation.folded_system,
+            "appended": conversation.appended,
+        }
+        self.control_text.update(conversation.control_text)
+        for what in (name for name, did in happened.items() if did):
+            self.lines.setdefault((pair.source, what), []).append(pair.line)
+
+    def warnings(self, truncation: Truncation, max_length: int) -> list[Problem]:
+        tokens = ", ".join(sorted(self.control_text)[:4])
+        cut = {
+            "keep_start": "their answers lose their ends, and no end of turn is trained for those",
+            "keep_end": "their prompts lose their starts",
+        }.get(truncation, "")
+        texts = {
+            "cut": (
+                f"longer than data.max_length ({max_length:,}) and truncated: {cut}",
+                "Raise data.max_length, or set data.truncation to skip",
+            ),
+            "control": (
+                f"with control tokens in their text ({tokens}), encoded as plain text",
+                "Remove them if they are left over from a template",
+            ),
+            "system": (
+                "whose system message went into the first user turn: the template has no place for it",
+                "",
+            ),
+            "appended": (
+                "whose answers were put right after the generation prompt, as the template writes none there",
+                "",
+            ),
+        }
+        return [
+            Problem(source, f"{_pairs(len(lines))} {texts[what][0]} ({listed(lines)})", texts[what][1])
+            for (source, what), lines in self.lines.items()
+        ]
+
+
+def _stop_warning(chat: ChatFormat, tokenizer: ChatTokenizer) -> list[Problem]:
+    several = getattr(tokenizer, "eos_token_ids", None)  # mlx-lm's set; transformers answers with one number
+    stops = set(several) if isinstance(several, set | list | tuple) else set()
+    stops.add(tokenizer.eos_token_id)
+    if chat.end_of_turn in stops:
+        return []
+    token = tokenizer.decode([chat.end_of_turn])
+    message = f"its template ends turns with {token}, which its EOS tokens do not include"
+    fix = f"Add {chat.end_of_turn} to eos_token_id in the model's config.json, or its answers may not stop"
+    return [Problem("the model", message, fix)]

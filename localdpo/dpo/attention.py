@@ -1,0 +1,208 @@
+"""Attention over a packed batch, through mlx-lm's own cache protocol.
+
+A packed batch runs as T rows of one token each, so every linear layer sees [T, 1, width] without padding, and
+rotary embeddings take each token's own position from ``cache.offset`` as they do in batched decoding. What is
+left is attention itself: mlx-lm's models hand queries, keys, values and the cache to
+``scaled_dot_product_attention``, and :func:`install` makes that function ask the cache when it is ours.
+
+Keys and values of a shared prompt are traced inside the one forward pass, so gradients through them are exact,
+with gradient checkpointing too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from localdpo.dpo import fastmath
+from localdpo.dpo.autograd import with_vjp
+from localdpo.dpo.packing import PackedBatch, Segment
+from localdpo.model.device import on_cpu
+
+_ATTENTION = "scaled_dot_product_attention"
+_SWIGLU = "swiglu"
+_MASKED = -1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A sliding-window mask, resolved inside :meth:`PackedCache.attend`."""
+
+    size: int
+
+
+class PackedCache:
+    """Stands in for every layer's KV cache while a packed batch runs once."""
+
+    def __init__(self, batch: PackedBatch, *, dense: bool) -> None:
+        """``dense`` uses one [T, T] mask and MLX's fused attention (GPU); otherwise segment by segment (CPU)."""
+        self.batch = batch
+        self.dense = dense
+        self.offset = mx.array(batch.positions)
+        self._masks: dict[Any, mx.array] = {}
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window | None:
+        """Mlx-lm's hook; causality is known from the segments, so only a window is worth passing on."""
+        deepest = int(self.batch.positions.max())
+        return None if window_size is None or window_size > deepest else Window(window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Mlx-lm's hook; [T, Hkv, 1, D] each, nothing to add: all tokens are in this pass."""
+        return keys, values
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Window | None
+    ) -> mx.array:
+        """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] -> [T, H, 1, D]."""
+        window = mask.size if mask is not None else None
+        if self.dense:
+            return self._attend_dense(queries, keys, values, scale, window)
+        return self._attend_by_segment(queries, keys, values, scale, window)
+
+    def _attend_dense(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
+    ) -> mx.array:
+        if window not in self._masks:
+            self._masks[window] = mx.array(self.batch.attention_mask(window))
+        queries, keys, values = (x.transpose(2, 1, 0, 3) for x in (queries, keys, values))
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._masks[window])
+        return out.transpose(2, 1, 0, 3)
+
+    def _attend_by_segment(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
+    ) -> mx.array:
+        size, heads, _, width = queries.shape
+        kv_heads, dtype = keys.shape[1], queries.dtype
+        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+        # Query heads that share keys stand side by side, so each product is one larger matrix product.
+        queries = (queries.reshape(size, heads, width) * scale).transpose(1, 0, 2)
+        queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
+        keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
+        values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
+        parts = []
+        for segment in self.batch.segments:
+            spans = _spans(segment)
+            parts.append(
+                _softmax_attention(
+                    queries[:, :, segment.start : segment.stop],
+                    _take(keys, spans),
+                    _take(values, spans),
+                    self._segment_mask(segment, window),
+                )[0]
+            )
+        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+        return out.reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
+
+    def _segment_mask(self, segment: Segment, window: int | None) -> mx.array:
+        length, context = segment.stop - segment.start, segment.context
+        key = (length, context, window)
+        if key not in self._masks:
+            self._masks[key] = mx.array(_additive_mask(*key))
+        return self._masks[key]
+
+
+@lru_cache(maxsize=512)
+def _additive_mask(length: int, context: int, window: int | None) -> np.ndarray:
+    """[length, context + length]: 0 where the query may look, a large negative number elsewhere."""
+    allowed = np.tri(length, context + length, context, dtype=np.bool_)
+    if window is not None:
+        allowed &= ~np.tri(length, context + length, context - window, dtype=np.bool_)
+    return np.where(allowed, 0.0, _MASKED).astype(np.float32)
+
+
+def _spans(segment: Segment) -> tuple[tuple[int, int], ...]:
+    """Ancestors and the segment itself, adjacent ones joined."""
+    *before, last = (*segment.ancestors, (segment.start, segment.stop))
+    if before and before[-1][1] == last[0]:
+        return (*before[:-1], (before[-1][0], last[1]))
+    return (*before, last)
+
+
+def _take(x: mx.array, spans: tuple[tuple[int, int], ...]) -> mx.array:
+    parts = [x[:, start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+
+def _attention_forward(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array]:
+    """queries [K, G, n, D] scaled, keys, values [K, m, D], mask [n, m] -> out [K, G, n, D], weights [K, G*n, m]."""
+    kv_heads, groups, length, width = queries.shape
+    context = keys.shape[1]
+    scores = queries.reshape(kv_heads, groups * length, width) @ keys.swapaxes(1, 2)
+    scores = scores.reshape(kv_heads, groups, length, context) + mask
+    weights = fastmath.exp(scores - mx.max(scores, axis=-1, keepdims=True))
+    weights = weights * mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
+    weights = weights.reshape(kv_heads, groups * length, context)
+    return (weights @ values).reshape(kv_heads, groups, length, -1), weights
+
+
+def _attention_backward(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+) -> tuple[mx.array, ...]:
+    queries, keys, values, mask = primals
+    kv_heads, groups, length, width = queries.shape
+    out, weights = outputs
+    into_out = cotangents[0].reshape(kv_heads, groups * length, -1)
+    into_values = weights.swapaxes(1, 2) @ into_out
+    # Softmax's gradient needs sum(weights * into_weights) a row, which equals sum(out * into_out).
+    along = mx.sum(cotangents[0] * out, axis=-1).reshape(kv_heads, groups * length, 1)
+    into_scores = weights * (into_out @ values.swapaxes(1, 2) - along)
+    into_queries = (into_scores @ keys).reshape(queries.shape)
+    into_keys = into_scores.swapaxes(1, 2) @ queries.reshape(kv_heads, groups * length, width)
+    return into_queries, into_keys, into_values, mx.zeros_like(mask)
+
+
+_softmax_attention = with_vjp(_attention_forward, _attention_backward)
+
+
+def install(model: nn.Module, *, fast_activations: bool) -> None:
+    """Let the model's architecture modules hand packed attention to :class:`PackedCache`.
+
+    mlx-lm looks both functions up in its architecture module, which is the only place where a cache can reach
+    attention. Calls that don't carry a PackedCache go to mlx-lm's own function, so nothing else changes;
+    installing twice does nothing. ``fast_activations`` does the same for SwiGLU in float32 on a CPU.
+    """
+    names = {type(module).__module__ for module in model.modules()}
+    for name in sorted(names):
+        namespace = vars(sys.modules[name])
+        _replace(namespace, _ATTENTION, _dispatch_attention)
+        if fast_activations:
+            _replace(namespace, _SWIGLU, _dispatch_swiglu)
+
+
+def _replace(
+    namespace: dict[str, Any], name: str, dispatch: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    original = namespace.get(name)
+    if callable(original) and not hasattr(original, "localdpo_original"):
+        replacement = wraps(original)(dispatch(original))
+        replacement.localdpo_original = original  # type: ignore[attr-defined]
+        namespace[name] = replacement
+
+
+def _dispatch_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, **more: Any
+    ) -> Any:
+        if not isinstance(cache, PackedCache) or more.get("sinks") is not None:
+            return original(queries, keys, values, cache=cache, scale=scale, mask=mask, **more)
+        return cache.attend(queries, keys, values, scale, mask)
+
+    return attention
+
+
+def _dispatch_swiglu(original: Callable[..., Any]) -> Callable[..., Any]:
+    def swiglu(gate: mx.array, up: mx.array) -> Any:
+        if gate.dtype == mx.float32 and up.dtype == mx.float32 and on_cpu():
+            return fastmath.swiglu(gate, up)
+        return original(gate, up)
+
+    return swiglu

@@ -1,0 +1,290 @@
+"""Log-probs of every prediction of a batch of pairs, by the fastest path that gives the model's own numbers.
+
+``SharedForward`` runs a packed batch: each shared prefix once, no padding, logits in tiles. ``PlainForward`` runs
+every completion with its own prompt, right-padded, and is what any causal model can do. :func:`choose_forward`
+proves the first against the second on a small batch with the model at hand, and says which one it took and why.
+
+Neither knows anything about losses or references.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from localdpo.data.encode import EncodedPair
+from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
+from localdpo.dpo.attention import PackedCache, install
+from localdpo.dpo.packing import PackedBatch, pack, sequence_of
+from localdpo.dpo.trunk import TrunkCache, gather, scatter
+from localdpo.model.device import on_cpu
+
+Path = Literal["shared", "plain"]
+_MISFITS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
+"""What a model raises whose insides are not what a path expects."""
+
+
+class Forward(Protocol):
+    """Runs B pairs; returns their predictions' log-probs [N] and how the 2B completions are made of them."""
+
+    path: Path
+
+    def run(
+        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
+    ) -> tuple[mx.array, np.ndarray, int]:
+        """Log-probs float32 [N]; membership float32 [2B, N], 1 where a prediction belongs; tokens run."""
+        ...
+
+
+class Checkpointed:
+    """Stands in for a layer and recomputes it in the backward pass instead of keeping its activations.
+
+    Whatever a gradient flows through is an argument of the checkpointed function: the layer's trainable arrays, and
+    what earlier layers hand over beside the hidden states (keys and values, in some architectures). Captured, it
+    would get none. Dropout draws the same mask both times.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        layer = self._layer
+        outside = layer.trainable_parameters()
+        seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if _drops_out(layer) else None
+
+        def inner(parameters: Any, args: Any, kwargs: Any) -> Any:
+            layer.update(parameters)
+            with _random_from(seed):
+                return layer(*args, **kwargs)
+
+        out = mx.checkpoint(inner)(outside, args, kwargs)
+        layer.update(outside)
+        return out
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in layer.modules())
+
+
+@contextmanager
+def _random_from(seed: int | None) -> Iterator[None]:
+    """Draw from ``seed`` within the block, and go on with MLX's own random state after it."""
+    if seed is None:
+        yield
+        return
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    mx.random.seed(seed)
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+class Skipped:
+    """Stands in for a layer below the cut: hands on what it gets, or ``states`` in its place."""
+
+    def __init__(self, layer: nn.Module, states: mx.array | None = None) -> None:
+        self._layer = layer
+        self._states = states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """The states, whatever came in."""
+        return hidden if self._states is None else self._states.astype(hidden.dtype)
+
+
+class SharedForward:
+    """The packed path, for models taken apart by ``anatomy`` whose attention goes through the cache."""
+
+    path: Path = "shared"
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.trunk: TrunkCache | None = None
+        self.cut = 0
+        self._dense = not on_cpu()
+        install(model, fast_activations=on_cpu())
+
+    def start_at(self, trunk: TrunkCache, cut: int) -> bool:
+        """From now on run only the layers from ``cut`` on, over states kept in ``trunk``.
+
+        Proved first on a small batch; where it changes the numbers, every layer goes on running and False comes back.
+        """
+        pairs = _probe_pairs(self.anatomy.head.vocabulary)
+        want = self.run(pairs, grad=False)
+        self.trunk, self.cut = trunk, cut
+        try:
+            worst = _worst_difference(self.run(pairs, grad=False), want)
+        except _MISFITS:  # layers that hand on more than hidden states
+            worst = math.inf
+        if worst <= _tolerance(self.anatomy):
+            return True
+        self.trunk, self.cut = None, 0
+        return False
+
+    def states(self, pairs: Sequence[EncodedPair]) -> list[np.ndarray]:
+        """What enters layer ``cut``, float32 [rows, D] for each pair; computed and kept where it is not known."""
+        assert self.trunk is not None
+        known = {pair.key: self.trunk.get(pair) for pair in pairs}
+        missing = list({pair.key: pair for pair in pairs if known[pair.key] is None}.values())
+        if missing:
+            batch = pack(missing)
+            layers = self.anatomy.layers
+            above = [Skipped(layer) for layer in layers[self.cut :]]
+            hidden = self._body(batch, [*layers[: self.cut], *above], final_norm=False)
+            found = scatter(batch, missing, np.array(hidden.astype(mx.float32)))
+            self.trunk.put(missing, found)
+            known |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
+        return [state for pair in pairs if (state := known[pair.key]) is not None]
+
+    def run(
+        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
+    ) -> tuple[mx.array, np.ndarray, int]:
+        """See :class:`Forward`."""
+        batch = pack(pairs)
+        hidden = self._body(batch, self._layers(batch, pairs, checkpoint and grad))
+        logps = self.anatomy.head.logps(hidden[mx.array(batch.rows)], mx.array(batch.targets), grad=grad)
+        return logps, batch.membership(), len(batch.tokens)
+
+    def _body(self, batch: PackedBatch, layers: Sequence[Any], *, final_norm: bool = True) -> mx.array:
+        """The body's output [T, D], before its last norm where asked."""
+        cache = PackedCache(batch, dense=self._dense)
+        with self.anatomy.replaced_layers(layers, final_norm=final_norm):
+            out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
+        hidden: mx.array = out[:, 0]
+        return hidden
+
+    def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], checkpoint: bool) -> list[Any]:
+        layers = self.anatomy.layers
+        above = [Checkpointed(layer) for layer in layers[self.cut :]] if checkpoint else list(layers[self.cut :])
+        if not self.cut:
+            return above
+        states = mx.array(gather(batch, pairs, self.states(pairs)))[:, None]
+        return [*(Skipped(layer) for layer in layers[: self.cut - 1]), Skipped(layers[self.cut - 1], states), *above]
+
+
+class PlainForward:
+    """Every completion with its own prompt, right-padded: padding follows all real tokens, so no mask is needed."""
+
+    path: Path = "plain"
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+        self.model = model
+        self.anatomy = anatomy
+
+    def run(
+        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
+    ) -> tuple[mx.array, np.ndarray, int]:
+        """See :class:`Forward`."""
+        sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
+        completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        width = max(len(sequence) for sequence in sequences)
+        ids = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in sequences])
+        rows, targets, membership = [], [], np.zeros((len(sequences), sum(map(len, completions))), np.float32)
+        done = 0
+        for index, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
+            last = index * width + len(sequence)
+            rows.append(np.arange(last - len(completion), last))
+            targets.append(completion)
+            membership[index, done : done + len(completion)] = 1.0
+            done += len(completion)
+        logps = self._predict(
+            mx.array(ids.astype(np.int32)),
+            mx.array(np.concatenate(rows).astype(np.int32)),
+            mx.array(np.concatenate(targets).astype(np.int32)),
+            grad,
+            checkpoint,
+        )
+        return logps, membership, sum(map(len, sequences))
+
+    def _predict(self, ids: mx.array, rows: mx.array, targets: mx.array, grad: bool, checkpoint: bool) -> mx.array:
+        if self.anatomy is None:
+            logits = self.model(ids).astype(mx.float32)
+            return exact_logps(logits.reshape(-1, logits.shape[-1])[rows], targets)
+        layers = self.anatomy.layers
+        stand_ins = [Checkpointed(layer) for layer in layers] if checkpoint and grad else layers
+        with self.anatomy.replaced_layers(stand_ins):
+            hidden = self.anatomy.body(ids, cache=None)
+        return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)
+
+
+def exact_logps(logits: mx.array, targets: mx.array) -> mx.array:
+    """log softmax(logits)[target]: logits float32 [N, V], targets int [N] -> float32 [N].
+
+    The maximum is taken away first and the sum is MLX's pairwise one: on a CPU ``mx.logsumexp`` adds one term at a
+    time, which at 49,152 terms is off by 3e-4.
+    """
+    shifted = logits - mx.stop_gradient(mx.max(logits, axis=-1, keepdims=True))
+    picked = mx.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
+    return picked - mx.log(mx.sum(mx.exp(shifted), axis=-1))
+
+
+def choose_forward(model: nn.Module, path: Literal["auto", "shared", "plain"] = "auto") -> tuple[Forward, str]:
+    """The forward to use and the reason in words. ``path`` forces one; forcing "shared" may raise NotUnderstood."""
+    try:
+        anatomy = examine(model)
+    except NotUnderstood as error:
+        if path == "shared":
+            raise
+        return PlainForward(model, None), f"this model's insides are not known ({error})"
+    plain = PlainForward(model, anatomy)
+    if path == "plain":
+        return plain, "asked for"
+    shared = SharedForward(model, anatomy)
+    problem = _disagreement(shared, plain)
+    if not problem:
+        return shared, "each shared prompt is run once; checked against the plain path"
+    if path == "shared":
+        raise NotUnderstood(problem)
+    return plain, problem
+
+
+def _disagreement(shared: SharedForward, plain: PlainForward) -> str:
+    """Why the shared path cannot be used, or an empty string."""
+    anatomy = shared.anatomy
+    pairs = _probe_pairs(anatomy.head.vocabulary)
+    want = plain.run(pairs, grad=False)
+    try:
+        worst = _worst_difference(shared.run(pairs, grad=False), want)
+    except _MISFITS as error:
+        return f"this model's attention cannot share a prompt ({type(error).__name__})"
+    if worst <= _tolerance(anatomy):
+        return ""
+    return f"this model's attention cannot share a prompt (differs by {worst:.1g} a token)"
+
+
+def _worst_difference(got: tuple[mx.array, np.ndarray, int], want: tuple[mx.array, np.ndarray, int]) -> float:
+    """Of the completions' summed log-probs, per token."""
+    sums = [mx.array(membership) @ logps for logps, membership, _ in (got, want)]
+    worst = float(mx.max(mx.abs(sums[0] - sums[1]) / mx.array(want[1].sum(axis=1))))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _tolerance(anatomy: Anatomy) -> float:
+    # Half precision: two orders of the same sums differ by about an ulp a layer.
+    return 1e-4 if anatomy.dtype == mx.float32 else 5e-2
+
+
+def _probe_pairs(vocabulary: int) -> list[EncodedPair]:
+    """Two pairs of which the second's prompt opens like the first's, so that every kind of sharing is tried."""
+
+    def ids(length: int, seed: int) -> np.ndarray:
+        return ((np.arange(length) * 7919 + seed * 104729 + 13) % vocabulary).astype(np.int32)
+
+    opening = ids(10, 0)
+    first = EncodedPair(np.concatenate([opening, ids(11, 1)]), ids(5, 2), ids(9, 3))
+    second = EncodedPair(np.concatenate([opening, ids(3, 4)]), ids(8, 5), ids(2, 6))
+    return [first, second]

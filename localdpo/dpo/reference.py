@@ -1,0 +1,103 @@
+"""Reference log-probs: computed once a pair with the adapters off, and kept on disk.
+
+A pair's key is the hash of its token ids, so template, truncation and text are all in it; the database is named by
+the base's fingerprint and by what computed it. A cache that is damaged or cannot be written only costs time.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from localdpo.data.encode import EncodedPair
+from localdpo.dpo.losses import PairLogps
+from localdpo.dpo.scorer import PairScorer
+
+Progress = Callable[[int, int], None]
+
+_CHUNK = 32  # pairs between two commits: what an interruption can cost
+_LOOKUP = 500  # SQLite's oldest limit on parameters is 999
+_BUSY_SECONDS = 10.0
+_SCHEMA = "CREATE TABLE IF NOT EXISTS logps (key TEXT PRIMARY KEY, chosen REAL NOT NULL, rejected REAL NOT NULL)"
+
+
+class ReferenceCache:
+    """Summed reference log-probs by pair key, for one base on one kind of device."""
+
+    def __init__(self, folder: Path, fingerprint: str, device: str) -> None:
+        """``device`` ("cpu", "gpu") keeps half-precision numbers apart from float32 ones."""
+        self.path = folder / f"{fingerprint[:32]}-{device}.sqlite"
+
+    def get(self, scorer: PairScorer, pairs: Sequence[EncodedPair], progress: Progress | None = None) -> PairLogps:
+        """Reference log-probs of ``pairs``, in their order; what is missing is computed and stored.
+
+        ``progress(done, total)`` counts distinct pairs computed now; it is not called when none are.
+        """
+        known = self.lookup({pair.key for pair in pairs})
+        missing = list({pair.key: pair for pair in pairs if pair.key not in known}.values())
+        missing.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            logps = scorer.reference_logps(chunk)
+            found = {
+                pair.key: (float(chosen), float(rejected))
+                for pair, chosen, rejected in zip(chunk, logps.chosen, logps.rejected, strict=True)
+            }
+            self._store(found)
+            known |= found
+            if progress is not None:
+                progress(start + len(chunk), len(missing))
+        sums = np.array([known[pair.key] for pair in pairs], np.float32).reshape(-1, 2)
+        return PairLogps(
+            sums[:, 0],
+            sums[:, 1],
+            np.array([len(pair.chosen_ids) for pair in pairs], np.int64),
+            np.array([len(pair.rejected_ids) for pair in pairs], np.int64),
+        )
+
+    def lookup(self, keys: set[str]) -> dict[str, tuple[float, float]]:
+        """The stored (chosen, rejected) sums among ``keys``."""
+        found: dict[str, tuple[float, float]] = {}
+        if not self.path.exists():
+            return found
+        wanted = sorted(keys)
+        try:
+            with self._open() as database:
+                for start in range(0, len(wanted), _LOOKUP):
+                    some = wanted[start : start + _LOOKUP]
+                    marks = ",".join("?" * len(some))
+                    rows = database.execute(f"SELECT key, chosen, rejected FROM logps WHERE key IN ({marks})", some)
+                    found |= {key: (chosen, rejected) for key, chosen, rejected in rows}
+        except sqlite3.OperationalError:
+            return {}
+        except sqlite3.DatabaseError:
+            self._discard()
+            return {}
+        return {key: sums for key, sums in found.items() if all(map(np.isfinite, sums))}
+
+    def _store(self, found: dict[str, tuple[float, float]]) -> None:
+        rows = [(key, *sums) for key, sums in found.items() if all(map(np.isfinite, sums))]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._open() as database:
+                database.execute(_SCHEMA)
+                database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", rows)
+        except sqlite3.OperationalError:
+            pass  # busy, read-only or full: the next run computes these again
+        except sqlite3.DatabaseError:
+            self._discard()
+        except OSError:
+            pass
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as database, database:
+            yield database

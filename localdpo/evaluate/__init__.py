@@ -1,0 +1,1 @@
+"""Evaluation of finished runs: held-out pairs, probes and their figures."""

@@ -1,0 +1,108 @@
+"""The probes: prompts never trained on, answered by the base and by the tuned model at the end of a run.
+
+Greedy and batched; the base's answers come from the cache that retain prompts use. This module makes
+samples; ``figures`` counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from localdpo.data.encode import Ids
+from localdpo.data.pairs import PromptRow
+from localdpo.evaluate.figures import ProbeFigures, says
+from localdpo.model.generate import batch_greedy
+from localdpo.model.load import LoadedModel
+from localdpo.paths import cache_dir
+from localdpo.train.events import Event, ProgressEvent, SampleEvent
+from localdpo.train.retain import CHUNK, base_answers, encode_prompts, messages_of
+from localdpo.train.session import Session
+
+PROBE_TOKENS = 48
+"""Longest answer to a probe: enough to say a name or a fact, and seconds for fifty probes on a CPU."""
+
+
+def closing(session: Session) -> Generator[Event, None, Mapping[str, Any]]:
+    """What ``train`` does with the tuned model before it ends: yields samples, returns the figures."""
+    rows = session.setup.inputs.probes
+    if not rows:
+        return {}
+    figures = yield from probe(session.loaded, rows, max_length=session.recipe.data.max_length, step=session.state.step)
+    return figures.to_json()
+
+
+def probe(
+    loaded: LoadedModel,
+    rows: Sequence[PromptRow],
+    *,
+    max_length: int = 1024,
+    max_tokens: int = PROBE_TOKENS,
+    step: int = 0,
+) -> Generator[Event, None, ProbeFigures]:
+    """Answer ``rows`` by the base and by the model as it stands; yields progress, then a sample a row.
+
+    Rows that the template refuses are left out.
+    """
+    kept, prompts, _ = encode_prompts(rows, loaded, max_length)
+    base: list[str] = []
+    wanted = 2 * len(prompts)
+    work = base_answers(loaded, prompts, max_tokens, cache_dir() / "answers")
+    while True:
+        try:
+            done, _ = next(work)
+        except StopIteration as finished:
+            base = finished.value
+            break
+        yield _progress(step, done, wanted, "the base answers")
+    tuned = yield from _tuned(loaded, prompts, max_tokens, step)
+    samples = [sample(row, before, after, step) for row, before, after in zip(kept, base, tuned, strict=True)]
+    yield from samples
+    return ProbeFigures.of(samples, [rejected_terms(row) for row in kept], max_tokens)
+
+
+def _tuned(
+    loaded: LoadedModel, prompts: Sequence[Ids], max_tokens: int, step: int
+) -> Generator[Event, None, list[str]]:
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for start in range(0, len(order), CHUNK):
+        rows = order[start : start + CHUNK]
+        yield _progress(step, len(prompts) + start, 2 * len(prompts), "the tuned model answers")
+        for row, answer in zip(rows, batch_greedy(loaded, [prompts[row] for row in rows], max_tokens), strict=True):
+            answers[row] = answer
+    return answers
+
+
+def _progress(step: int, done: int, total: int, detail: str) -> ProgressEvent:
+    fraction = done / total if total else 1.0
+    return ProgressEvent(step=step, stage="samples", detail=detail, done=done, total=total, fraction=fraction)
+
+
+def rejected_terms(row: PromptRow) -> tuple[str, ...]:
+    """What an answer to the probe must not say: the strings of its optional key ``reject``."""
+    terms = row.extra.get("reject", ())
+    if isinstance(terms, str):
+        return (terms,)
+    return tuple(term for term in terms if isinstance(term, str)) if isinstance(terms, list) else ()
+
+
+def sample(row: PromptRow, base: str, tuned: str, step: int) -> SampleEvent:
+    """Both answers to a probe, judged by its accepted and rejected terms."""
+    rejected = rejected_terms(row)
+
+    def right(answer: str) -> bool | None:
+        if not row.accept:
+            return None
+        return says(answer, row.accept) and not says(answer, rejected)
+
+    return SampleEvent(
+        step=step,
+        prompt=messages_of(row),
+        base=base,
+        tuned=tuned,
+        tags=list(row.tags),
+        accept=list(row.accept),
+        base_right=right(base),
+        tuned_right=right(tuned),
+    )

@@ -1,0 +1,1 @@
+"""Models on this machine: found, checked, loaded, adapted, and asked for text."""

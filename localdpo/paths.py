@@ -1,0 +1,25 @@
+"""Where localdpo keeps its cache and finds the recipes it ships. Reads the environment, touches no file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_dir", "recipes_dir"]
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: `$LOCALDPO_CACHE`, or this platform's user cache. It may not exist yet."""
+    chosen = os.environ.get("LOCALDPO_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return Path(platformdirs.user_cache_dir("localdpo", appauthor=False))
+
+
+def recipes_dir() -> Path:
+    """Return the folder of the recipes shipped with localdpo, from a wheel or from a checkout."""
+    package = Path(__file__).resolve().parent
+    shipped = package / "_recipes"
+    return shipped if shipped.is_dir() else package.parent / "recipes"

@@ -1,0 +1,1 @@
+"""Training: the run folder, the optimizer, checkpoints, and the loop that yields events."""

@@ -1,0 +1,328 @@
+"""From a recipe to a model that can take its first step: loading, encoding, retain answers, reference.
+
+Everything slow is a generator of ``ProgressEvent``, so that whoever watches sees how far it is, and
+may leave between any two. This module knows how a run is set up, and nothing of how it goes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from localdpo.data.encode import EncodedPair, Encoding, Ids, encode_pairs
+from localdpo.data.order import Position, RowOrder
+from localdpo.data.pairs import PreferencePair, PromptRow, pair_to_json, read_pairs
+from localdpo.dpo.losses import LossSettings, PairLogps
+from localdpo.dpo.reference import ReferenceCache
+from localdpo.dpo.scorer import PairScorer
+from localdpo.errors import Problem
+from localdpo.files import atomic_write, require_space
+from localdpo.model.load import LoadedModel, load_model
+from localdpo.model.lora import LoraInfo, LoraSettings, attach_lora, load_adapter, lora_scale
+from localdpo.paths import cache_dir
+from localdpo.recipe import Recipe, Truncation
+from localdpo.train.checkpoint import Checkpoint, TrainState, load_latest, restore_rng, rng_state
+from localdpo.train.events import Event, ProgressEvent, StartEvent, WarningEvent
+from localdpo.train.inputs import Inputs
+from localdpo.train.monitor import Watch
+from localdpo.train.optimizer import AdapterOptimizer
+from localdpo.train.plan import Plan, make_plan, require_memory, require_memory_to_load, rows_per_step, total_steps
+from localdpo.train.retain import (
+    RETAIN_TOKENS,
+    base_answers,
+    drop_end_of_turn,
+    encode_prompts,
+    retain_pairs,
+)
+from localdpo.train.run import ActiveRun
+
+CHUNK = 32
+"""Pairs scored, or prompts answered, between two signs of life."""
+
+T = TypeVar("T")
+Stage = Generator[Event, None, T]
+
+
+def staged(stage: str, work: Generator[tuple[int, int], None, T], step: int = 0) -> Stage[T]:
+    """Turn (done, total) counts into progress events of ``stage``; returns what ``work`` returns."""
+    while True:
+        try:
+            done, total = next(work)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result
+        fraction = done / total if total else 1.0
+        yield ProgressEvent(step=step, stage=stage, done=done, total=total, fraction=fraction)
+
+
+@dataclass
+class Setup:
+    """A model with a fresh adapter, its data encoded, and the plan: what the preflight needs."""
+
+    recipe: Recipe
+    inputs: Inputs
+    loaded: LoadedModel
+    info: LoraInfo
+    train: list[EncodedPair]
+    held_out: list[EncodedPair]
+    retain_rows: list[PromptRow]
+    retain_prompts: list[Ids]
+    plan: Plan
+
+
+@dataclass
+class Session:
+    """Everything the loop works with. ``train`` are preference and retain rows; ``state`` moves on."""
+
+    setup: Setup
+    run: ActiveRun
+    scorer: PairScorer
+    settings: LossSettings
+    optimizer: AdapterOptimizer
+    order: RowOrder
+    train: list[EncodedPair]
+    reference: PairLogps | None
+    held_out_reference: PairLogps | None
+    watch: Watch
+    state: TrainState
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.setup.recipe
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, with the adapter attached."""
+        return self.setup.loaded
+
+
+def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
+    """Load and encode; returns what the preflight is made from. Raises InputError and EnvironmentFault."""
+    yield ProgressEvent(stage="load", detail=recipe.model)
+    require_memory_to_load(recipe)
+    loaded = load_model(recipe.model, quantize=recipe.quantize, memory=recipe.train.memory)
+    info = attach_lora(loaded.model, _lora_settings(recipe))
+    yield ProgressEvent(stage="encode", total=len(inputs.train) + len(inputs.held_out))
+    data = recipe.data
+    train = _encode(inputs.train, loaded, data.max_length, data.truncation)
+    held_out = _encode(inputs.held_out, loaded, data.max_length, data.truncation)
+    retain_rows, retain_prompts, retain_skipped = encode_prompts(inputs.retain, loaded, data.max_length)
+    plan = make_plan(
+        recipe,
+        loaded,
+        info,
+        train.pairs,
+        held_out=len(held_out.pairs),
+        retain_tokens=[len(ids) + _expected_answers(train.pairs, data.max_length) for ids in retain_prompts],
+        probes=len(inputs.probes),
+        truncated=train.truncated + held_out.truncated,
+        skipped=[*inputs.skipped, *train.skipped, *held_out.skipped, *retain_skipped],
+        warnings=[*inputs.warnings, *_distinct([*train.warnings, *held_out.warnings])],
+    )
+    done = len(train.pairs) + len(held_out.pairs)
+    yield ProgressEvent(stage="encode", done=done, total=done, fraction=1.0)
+    return Setup(recipe, inputs, loaded, info, train.pairs, held_out.pairs, retain_rows, retain_prompts, plan)
+
+
+def preflight(recipe: Recipe, inputs: Inputs) -> Plan:
+    """What ``train(recipe)`` would do. Loads the model, writes no run folder. Raises like :func:`set_up`."""
+    work = set_up(recipe, inputs)
+    while True:
+        try:
+            next(work)
+        except StopIteration as finished:
+            setup: Setup = finished.value
+            return setup.plan
+
+
+def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
+    """Answers to retain, the reference, and the state to go on from; yields the start event among them.
+
+    Raises InputError for a run that has no whole checkpoint left, or whose model has changed, and
+    EnvironmentFault for too little memory or disk.
+    """
+    recipe, loaded, plan = setup.recipe, setup.loaded, setup.plan
+    run.bind_model(recipe.model, loaded.fingerprint)
+    require_memory(plan)
+    require_space(run.path, _bytes_to_save(setup))
+    restored, notes = _restore(setup, run) if resume else (None, [])
+    yield StartEvent(
+        step=restored.state.step if restored else 0,
+        run=str(run.path),
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        resumed=resume,
+        plan=plan.to_json(),
+    )
+    yield from notes
+    train = [*setup.train, *(yield from _retained(setup, run, resume))]
+    settings = LossSettings.from_recipe(recipe.dpo)
+    scorer = yield from _scorer(setup)
+    reference = held_out_reference = None
+    if not settings.reference_free:
+        both = yield from staged("reference", _reference([*train, *setup.held_out], scorer, loaded))
+        reference = both.rows(np.arange(len(train)))
+        held_out_reference = both.rows(np.arange(len(train), len(both.chosen)))
+    order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
+    session = Session(
+        setup,
+        run,
+        scorer,
+        settings,
+        AdapterOptimizer(loaded.model, recipe.train),
+        order,
+        train,
+        reference,
+        held_out_reference,
+        Watch(settings, order.steps_per_epoch),
+        _first_state(recipe, order),
+    )
+    if restored is not None:
+        _go_on(session, restored)
+    return session
+
+
+def _first_state(recipe: Recipe, order: RowOrder) -> TrainState:
+    mx.random.seed(recipe.seed)
+    return TrainState(0, Position(), total_steps(recipe.train, order.steps_per_epoch), rng_state())
+
+
+def _go_on(session: Session, restored: Checkpoint) -> None:
+    """Put the session where the checkpoint was taken; the adapter is on the model already."""
+    session.watch.replay(session.run.events().events)
+    session.optimizer.restore(restored.optimizer)
+    restore_rng(restored.state.rng)
+    session.state = replace(restored.state, total_steps=session.state.total_steps)
+
+
+def _scorer(setup: Setup) -> Stage[PairScorer]:
+    model = setup.loaded.model
+    scorer = PairScorer(model, gradient_checkpointing=setup.plan.gradient_checkpointing)
+    scorer.use_trunk(cache_dir() / "trunk", setup.loaded.fingerprint)
+    if scorer.path == "plain":
+        message = f"Every prompt is run twice, once for each answer: {scorer.path_reason}."
+        yield WarningEvent(code="plain-path", message=message)
+    model.train()
+    return scorer
+
+
+def _bytes_to_save(setup: Setup) -> int:
+    """Checkpoints at once on disk (kept ones, the best, the one being written) and the published adapter."""
+    adapter = 4 * setup.info.trainable
+    kept = setup.recipe.train.save_total_limit or 2
+    return (kept + 2) * 3 * adapter + adapter
+
+
+def _restore(setup: Setup, run: ActiveRun) -> tuple[Checkpoint | None, list[WarningEvent]]:
+    """The newest whole checkpoint with its adapter on the model and the metrics cut back to it."""
+    restored, damaged = load_latest(run.checkpoints)
+    step = restored.state.step if restored else 0
+    notes = [
+        WarningEvent(step=step, code="checkpoint-damaged", where=problem.where, message=problem.message)
+        for problem in damaged
+    ]
+    run.samples_file.unlink(missing_ok=True)
+    if restored is None:
+        run.cut_metrics(0)
+        message = "There is no checkpoint yet: the run starts from its beginning."
+        return None, [WarningEvent(code="no-checkpoint", message=message)]
+    load_adapter(restored.adapter, setup.loaded)
+    if not run.cut_metrics(restored.state.metrics_bytes):
+        message = "metrics.jsonl is shorter than at the checkpoint: earlier metrics are lost."
+        notes.append(WarningEvent(step=step, code="metrics-short", message=message))
+    if restored.state.total_steps != setup.plan.total_steps:
+        notes.append(
+            WarningEvent(
+                step=step,
+                code="longer",
+                message=f"The run now has {setup.plan.total_steps} steps and had {restored.state.total_steps}: "
+                "the learning rate follows the schedule of the new length from here on.",
+            )
+        )
+    return restored, notes
+
+
+def _reference(
+    pairs: Sequence[EncodedPair], scorer: PairScorer, loaded: LoadedModel
+) -> Generator[tuple[int, int], None, PairLogps]:
+    cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
+    known = cache.lookup({pair.key for pair in pairs})
+    missing = list({pair.key: pair for pair in pairs if pair.key not in known}.values())
+    missing.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
+    yield 0, len(missing)
+    for start in range(0, len(missing), CHUNK):
+        chunk = missing[start : start + CHUNK]
+        logps = cache.get(scorer, chunk)
+        known |= {pair.key: (logps.chosen[i], logps.rejected[i]) for i, pair in enumerate(chunk)}
+        yield start + len(chunk), len(missing)
+    sums = np.array([known[pair.key] for pair in pairs], np.float32)
+    lengths = np.array([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
+    return PairLogps(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
+
+
+def _lora_settings(recipe: Recipe) -> LoraSettings:
+    lora = recipe.lora
+    return LoraSettings(
+        rank=lora.r,
+        scale=lora_scale(lora.alpha, lora.r, lora.use_rslora),
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        num_layers=None if lora.num_layers == "all" else lora.num_layers,
+        seed=recipe.seed,
+    )
+
+
+def _encode(pairs: Sequence[PreferencePair], loaded: LoadedModel, max_length: int, truncation: Truncation) -> Encoding:
+    encoding = encode_pairs(pairs, loaded.tokenizer, max_length, truncation)
+    by_row = [drop_end_of_turn(pairs[encoded.row], encoded) for encoded in encoding.pairs]
+    return replace(encoding, pairs=by_row)
+
+
+def _distinct(problems: Sequence[Problem]) -> list[Problem]:
+    return list(dict.fromkeys(problems))
+
+
+def _expected_answers(train: Sequence[EncodedPair], max_length: int) -> int:
+    """Tokens of both answers of a retain row before they are known: the base's, and one that is taught."""
+    taught = sum(len(pair.chosen_ids) for pair in train) // max(len(train), 1)
+    return min(RETAIN_TOKENS // 2, max_length) + taught
+
+
+def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedPair]]:
+    """The retain rows: those the run was started with, else made from the base's answers."""
+    if not setup.retain_rows:
+        return []
+    if resume and run.retain_file.is_file():
+        pairs = read_pairs(run.retain_file).pairs
+    else:
+        answers = yield from staged(
+            "retain",
+            base_answers(setup.loaded, setup.retain_prompts, RETAIN_TOKENS, cache_dir() / "answers"),
+        )
+        pairs = retain_pairs(
+            setup.retain_rows,
+            answers,
+            setup.inputs.train,
+            setup.loaded,
+            seed=setup.recipe.seed,
+            weight=setup.recipe.data.retain_weight,
+        )
+        if len(pairs) < len(answers):
+            yield WarningEvent(
+                code="retain-empty",
+                message=f"The base has no answer of its own to {len(answers) - len(pairs)} of {len(answers)} "
+                "retain prompts: they are left out.",
+            )
+        if not pairs:
+            return []
+        rows = (json.dumps(pair_to_json(pair), ensure_ascii=False) for pair in pairs)
+        atomic_write(run.retain_file, "".join(f"{row}\n" for row in rows))
+    # What does not fit is cut at its end, whatever the policy for pairs: part of an answer is kept as well.
+    encoded = _encode(pairs, setup.loaded, setup.recipe.data.max_length, "keep_start")
+    return [replace(pair, row=len(setup.inputs.train) + pair.row) for pair in encoded.pairs]

@@ -1,0 +1,301 @@
+"""What a run was started from: opening its folder, keeping its recipe and data, refusing to resume another.
+
+A new run never overwrites an old one: the old folder is set aside under the next free number. A
+resumed run works from its own copies and goes on only if the recipe and the originals still say the
+same. This module knows files and settings, no models, and never loads mlx.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from localdpo import __version__
+from localdpo.errors import InputError, Problem
+from localdpo.files import atomic_write, environment_faults, require_space, sha256_file, write_json
+from localdpo.recipe import Recipe, dump_recipe
+from localdpo.train.events import StepEvent
+from localdpo.train.run import ActiveRun, RunFolder, Status, acquire
+
+MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "data.probes",
+        "train.max_steps",
+        "train.num_train_epochs",
+        "train.save_steps",
+        "train.save_total_limit",
+        "train.stop_loss",
+        "train.early_stopping_patience",
+        "train.gradient_checkpointing",
+        "train.memory",
+    }
+)
+"""Keys that a resume may change: how long, how often and in how much memory, not what is computed."""
+
+_ENDS = ("train.max_steps", "train.num_train_epochs", "train.stop_loss", "train.early_stopping_patience")
+_BY_CONTENT = ("data.train", "data.eval", "data.retain")
+_OURS = frozenset(
+    {
+        "run.json",
+        "recipe.yaml",
+        "pairs.jsonl",
+        "eval.jsonl",
+        "retain.jsonl",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "status.json",
+        "control",
+        ".control.taken",
+        "lock",
+        "train.log",
+        "checkpoints",
+    }
+)
+_COPY_NAMES = {"data.train": "pairs.jsonl", "data.eval": "eval.jsonl"}
+_SPARE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file the recipe names under ``key``, and the sha256 of what was read from it."""
+
+    key: str
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, key: str, path: Path) -> DataFile:
+        """The file as it is now."""
+        return cls(key, path, sha256_file(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run folder ready to train into; ``set_aside`` is where an earlier run was moved to."""
+
+    run: ActiveRun
+    set_aside: Path | None = None
+
+
+def open_new(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
+    """Make the run folder of ``recipe`` with its snapshot and take its lock.
+
+    A run that is already there is set aside, unless it never finished a step. Raises InputError for
+    a folder that is not a run's, EnvironmentFault for a full or read-only disk or a live trainer.
+    """
+    path = Path(recipe.output_dir)
+    require_space(path, _SPARE_BYTES + sum(file.path.stat().st_size for file in files.values()))
+    with environment_faults(path):
+        _refuse_foreign(path)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = acquire(path)
+        try:
+            moved, lock = _set_aside(path, lock)
+            _remove_ours(path)
+            _write_info(path, recipe, files)
+            run = ActiveRun(path, lock)
+        except BaseException:
+            lock.release()
+            raise
+    try:
+        run.set_status(state="starting")
+        _copy_files(run, files)
+        atomic_write(run.recipe_file, dump_recipe(recipe))
+    except BaseException as error:
+        run.__exit__(type(error), error, None)
+        raise
+    return Opened(run, moved)
+
+
+def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
+    """Take the lock of the run of ``recipe`` to go on with it.
+
+    Raises InputError when there is no such run, or when the recipe or the data differ from what it
+    was started with (every difference is named), EnvironmentFault when a trainer is at work on it.
+    """
+    folder = RunFolder(recipe.output_dir)
+    info = folder.info()
+    if not info:
+        raise InputError(Problem(str(folder.path), "there is no run here to resume", "Leave out --resume to start it"))
+    problems = [*_recipe_differences(info, recipe), *_file_differences(info, files, folder)]
+    if problems:
+        raise InputError(*problems)
+    lock = acquire(folder.path)
+    try:
+        before = folder.status()
+        if before is not None and before.state == "finished":
+            _refuse_finished(before, info, recipe)
+        with environment_faults(folder.path):
+            folder.control_file.unlink(missing_ok=True)
+            write_json(folder.info_file, {**info, "recipe": recipe.model_dump(mode="json")})
+            atomic_write(folder.recipe_file, dump_recipe(recipe))
+            return Opened(ActiveRun(folder.path, lock, attempt=(before.attempt if before else 0) + 1))
+    except BaseException:
+        lock.release()
+        raise
+
+
+def copies(folder: RunFolder) -> dict[str, Path]:
+    """The run's own copies of its data files, by recipe key; those it needs and has."""
+    return {key: folder.path / name for key, name in _COPY_NAMES.items() if (folder.path / name).is_file()}
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise InputError when ``path`` holds something other than a run: those files are the user's own."""
+    if not path.exists() or (path / "run.json").is_file():
+        return
+    if not path.is_dir():
+        raise InputError(Problem("output_dir", f"{path} is a file", "Choose another folder"))
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
+    if foreign:
+        named = ", ".join(foreign[:3]) + ("…" if len(foreign) > 3 else "")
+        raise InputError(
+            Problem(
+                "output_dir",
+                f"{path} holds other files ({named}) and no run",
+                "Choose another folder with --set output_dir=…",
+            )
+        )
+
+
+def _set_aside(path: Path, lock: FileLock) -> tuple[Path | None, FileLock]:
+    """Move a run with something to keep to the next free name; returns where to, and the lock of ``path``."""
+    if not _worth_keeping(RunFolder(path)):
+        return None, lock
+    moved = _free_name(path)
+    os.rename(path, moved)
+    path.mkdir()
+    # Ours until the new one is held: whoever waits for the old lock then finds another run here and leaves.
+    fresh = acquire(path)
+    lock.release()
+    return moved, fresh
+
+
+def _worth_keeping(folder: RunFolder) -> bool:
+    if folder.adapter.exists() or any(folder.checkpoints.glob("step-*")):
+        return True
+    return any(isinstance(event, StepEvent) for event in folder.events().events)
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _remove_ours(path: Path) -> None:
+    """Delete what a run that came to nothing left; not its lock, nor the log our own process may write."""
+    for name in _OURS - {"lock", "train.log"}:
+        entry = path / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _write_info(path: Path, recipe: Recipe, files: Mapping[str, DataFile]) -> None:
+    write_json(
+        path / "run.json",
+        {
+            "format": 1,
+            "id": uuid.uuid4().hex,
+            "localdpo": __version__,
+            "created": round(time.time(), 3),
+            "recipe": recipe.model_dump(mode="json"),
+            "files": {key: {"path": str(file.path), "sha256": file.sha256} for key, file in files.items()},
+        },
+    )
+
+
+def _copy_files(run: ActiveRun, files: Mapping[str, DataFile]) -> None:
+    for key, name in _COPY_NAMES.items():
+        if key not in files:
+            continue
+        target = run.path / name
+        with environment_faults(target):
+            temporary = target.with_name(f".{name}.copy")
+            shutil.copyfile(files[key].path, temporary)
+            if sha256_file(temporary) != files[key].sha256:
+                temporary.unlink()
+                raise InputError(Problem(str(files[key].path), "changed while it was being read", "Try again"))
+            os.replace(temporary, target)
+
+
+def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
+    before, now = dict(_flat(info.get("recipe", {}))), dict(_flat(recipe.model_dump(mode="json")))
+    problems = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        by_content = key in _BY_CONTENT and isinstance(old, str) and isinstance(new, str)
+        if old == new or key in MAY_CHANGE or key == "model" or by_content:
+            continue
+        problems.append(
+            Problem(
+                key,
+                f"is {new}, and was {old} when this run was started",
+                "Set it back, or start a new run by leaving out --resume",
+            )
+        )
+    return problems + _shorter(before, now)
+
+
+def _refuse_finished(status: Status, info: Mapping[str, Any], recipe: Recipe) -> None:
+    before, now = dict(_flat(info.get("recipe", {}))), dict(_flat(recipe.model_dump(mode="json")))
+    if any(before.get(key) != now[key] for key in _ENDS):
+        return
+    raise InputError(
+        Problem(
+            str(recipe.output_dir),
+            f"this run is finished, at step {status.step} of {status.total_steps}",
+            "Raise train.num_train_epochs or train.max_steps to go on, or leave out --resume to start a new run",
+        )
+    )
+
+
+def _shorter(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Problem]:
+    """A run may be made longer, not shorter than it is: fewer steps could lie behind it already."""
+    problems = []
+    for key in ("train.max_steps", "train.num_train_epochs"):
+        old, new = before.get(key, -1), now[key]
+        if 0 < new < old:
+            problems.append(
+                Problem(key, f"is {new}, and this run was started with {old}", "A resume can only raise it")
+            )
+    return problems
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _file_differences(info: Mapping[str, Any], files: Mapping[str, DataFile], folder: RunFolder) -> list[Problem]:
+    problems = []
+    known = info.get("files", {})
+    for key, file in files.items():
+        was = known.get(key)
+        if was is not None and was["sha256"] != file.sha256:
+            message = f"{file.path} has changed since this run was started"
+            copy = _COPY_NAMES.get(key)
+            kept = f" (the run's own copy is {folder.path / copy})" if copy else ""
+            problems.append(Problem(key, message, f"Put it back{kept}, or start a new run by leaving out --resume"))
+    for name, copy in ((n, c) for n, c in _COPY_NAMES.items() if n in known):
+        at = folder.path / copy
+        if not at.is_file() or sha256_file(at) != known[name]["sha256"]:
+            problems.append(
+                Problem(str(at), "this run's own copy of its data is missing or changed", "Start a new run")
+            )
+    return problems

@@ -1,0 +1,51 @@
+"""Fixtures for all tests: a cache of their own, the starter model, and --slow for what takes minutes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from localdpo.paths import cache_dir
+
+# Before anything imports huggingface_hub, which reads it once: no test reaches the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_USER_CACHE = cache_dir()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder for this session; only converted models are shared with the user's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    (_USER_CACHE / "models").mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(_USER_CACHE / "models")
+    before = os.environ.get("LOCALDPO_CACHE")
+    os.environ["LOCALDPO_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["LOCALDPO_CACHE"]
+    else:
+        os.environ["LOCALDPO_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def starter(_cache: Path) -> Path:
+    """The starter model's folder, fetched the first time and kept in the user's cache."""
+    from localdpo.model.starter import ensure_starter
+
+    return ensure_starter()

@@ -1,0 +1,164 @@
+"""Attention over a packed batch against masked softmax in float64, and its way into mlx-lm's models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx_lm.models.base
+import mlx_lm.models.llama
+import mlx_lm.models.qwen3
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from oracles import pair, random_model, random_pairs
+
+from localdpo.dpo.attention import PackedCache, Window, install
+from localdpo.dpo.packing import PackedBatch, pack
+
+HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
+SCALE = 0.4
+
+
+def batch(min_shared: int = 1) -> PackedBatch:
+    """Three pairs over two levels of sharing, with contexts that lie apart."""
+    rows = random_pairs(0, [(9, 6, 4), (12, 1, 7), (3, 5, 5)])
+    opening = rows[0].prompt_ids[:5].tolist()
+    rows[1] = pair([*opening, *rows[1].prompt_ids], rows[1].chosen_ids, rows[1].rejected_ids)
+    return pack(rows, min_shared=min_shared)
+
+
+def inputs(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(2)
+    shapes = ((HEADS, WIDTH), (KV_HEADS, WIDTH), (KV_HEADS, VALUE_WIDTH), (HEADS, VALUE_WIDTH))
+    return tuple(rng.standard_normal((size, heads, 1, width)).astype(np.float32) for heads, width in shapes)
+
+
+def exact_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: np.ndarray) -> mx.array:
+    """[T, H, 1, D] in and out, every head by itself, in the dtype of the inputs."""
+    outs = []
+    for head in range(HEADS):
+        group = head // (HEADS // KV_HEADS)
+        scores = SCALE * queries[:, head, 0] @ keys[:, group, 0].T
+        scores = mx.where(mx.array(mask), scores, mx.array(-np.inf, scores.dtype))
+        weights = mx.exp(scores - mx.max(scores, axis=-1, keepdims=True))
+        outs.append((weights / mx.sum(weights, axis=-1, keepdims=True)) @ values[:, group, 0])
+    return mx.stack(outs, axis=1)[:, :, None]
+
+
+both = pytest.mark.parametrize("dense", [False, True], ids=["segments", "dense"])
+
+
+@both
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 100])
+def test_output_and_gradients_equal_masked_softmax(dense: bool, window: int | None) -> None:
+    packed = batch()
+    queries, keys, values, into = inputs(len(packed.tokens))
+    cache = PackedCache(packed, dense=dense)
+    mask = cache.make_mask(1, window_size=window)
+
+    def total(attend: Callable[..., mx.array]) -> Callable[..., tuple[mx.array, mx.array]]:
+        def run(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+            out = attend(q, k, v)
+            return mx.sum(out * mx.array(into).astype(out.dtype)), out
+
+        return run
+
+    ours = mx.value_and_grad(total(lambda q, k, v: cache.attend(q, k, v, SCALE, mask)), argnums=(0, 1, 2))
+    visible = packed.attention_mask(window)
+    oracle = mx.value_and_grad(total(lambda q, k, v: exact_attention(q, k, v, visible)), argnums=(0, 1, 2))
+    (_, out), grads = ours(*(mx.array(x) for x in (queries, keys, values)))
+    with mx.stream(mx.cpu):
+        doubles = [mx.array(x).astype(mx.float64) for x in (queries, keys, values)]
+        (_, exact), exact_grads = oracle(*doubles)
+        np.testing.assert_allclose(np.array(out), np.array(exact), atol=2e-6)
+        for grad, exact_grad in zip(grads, exact_grads, strict=True):
+            np.testing.assert_allclose(np.array(grad), np.array(exact_grad), atol=1e-5)
+
+
+@both
+def test_an_extreme_score_does_not_overflow(dense: bool) -> None:
+    packed = pack([pair([1, 2, 3], [4, 5], [6, 7])], min_shared=1)
+    queries, keys, values, _ = inputs(len(packed.tokens))
+    out = PackedCache(packed, dense=dense).attend(
+        mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), SCALE, None
+    )
+    exact = exact_attention(mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), packed.attention_mask())
+    np.testing.assert_allclose(np.array(out), np.array(exact), atol=1e-4)
+
+
+@both
+def test_half_precision_comes_back_as_it_came(dense: bool) -> None:
+    packed = batch()
+    cache = PackedCache(packed, dense=dense)
+    half = [mx.array(x).astype(mx.bfloat16) for x in inputs(len(packed.tokens))[:3]]
+    out = cache.attend(*half, SCALE, None)
+    grads = mx.grad(lambda *x: mx.sum(cache.attend(*x, SCALE, None)), argnums=(0, 1, 2))(*half)
+    assert out.dtype == mx.bfloat16
+    assert all(grad.dtype == mx.bfloat16 for grad in grads)
+    exact = exact_attention(*(x.astype(mx.float32) for x in half), packed.attention_mask())
+    np.testing.assert_allclose(np.array(out.astype(mx.float32)), np.array(exact), atol=2e-2)
+
+
+def test_a_window_longer_than_every_sequence_is_no_mask() -> None:
+    packed = batch()
+    cache = PackedCache(packed, dense=False)
+    deepest = int(packed.positions.max())
+    assert cache.make_mask(1) is None
+    assert cache.make_mask(1, window_size=deepest + 1) is None
+    assert cache.make_mask(1, window_size=deepest) == Window(deepest)
+
+
+def greedy(model: object, count: int = 24) -> tuple[list[int], np.ndarray]:
+    prompt = mx.array([5, 7, 11, 2, 3])
+    steps = list(generate_step(prompt, model, max_tokens=count))
+    return [int(token) for token, _ in steps], np.array([np.array(logps) for _, logps in steps])
+
+
+def original(module: object, name: str) -> object:
+    function = getattr(module, name)
+    return getattr(function, "localdpo_original", function)
+
+
+def test_installing_changes_no_generation_and_nests_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("scaled_dot_product_attention", "swiglu")
+    before = {name: original(mlx_lm.models.qwen3, name) for name in names}
+    for name, function in before.items():
+        monkeypatch.setattr(mlx_lm.models.qwen3, name, function)
+    model = random_model("qwen3", tied=False, seed=1)
+    tokens, logps = greedy(model)
+    assert len(set(tokens)) > 4
+    install(model, fast_activations=True)
+    replaced = {name: getattr(mlx_lm.models.qwen3, name) for name in names}
+    install(model, fast_activations=True)
+    for name in names:
+        assert replaced[name] is not before[name]
+        assert getattr(mlx_lm.models.qwen3, name) is replaced[name]
+        assert replaced[name].localdpo_original is before[name]
+    tokens_after, logps_after = greedy(model)
+    assert tokens_after == tokens
+    np.testing.assert_allclose(logps_after, logps, atol=1e-5)
+
+
+def test_only_the_models_own_modules_are_touched() -> None:
+    untouched = original(mlx_lm.models.base, "scaled_dot_product_attention")
+    install(random_model("qwen3"), fast_activations=False)
+    assert mlx_lm.models.base.scaled_dot_product_attention is untouched
+
+
+def test_attention_sinks_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax with sinks is another function; the probe then finds that sharing does not work."""
+    seen = []
+
+    def attention(queries: mx.array, *_: object, **more: object) -> mx.array:
+        seen.append(more["sinks"])
+        return queries
+
+    monkeypatch.setattr(mlx_lm.models.llama, "scaled_dot_product_attention", attention)
+    install(random_model("llama"), fast_activations=False)
+    packed = pack([pair([1, 2], [3], [4])])
+    queries = mx.zeros((len(packed.tokens), HEADS, 1, WIDTH))
+    mlx_lm.models.llama.scaled_dot_product_attention(
+        queries, queries, queries, cache=PackedCache(packed, dense=False), scale=1.0, mask=None, sinks=mx.zeros(4)
+    )
+    assert len(seen) == 1

@@ -1,0 +1,107 @@
+"""The memory estimate against counts made by hand, real configs, and peaks that were measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from localdpo.model.catalogue import CATALOGUE
+from localdpo.train.memory import MemoryEstimate, ModelShape, Workload, estimate_memory
+
+STARTER = ModelShape(30, 576, 9, 3, 64, 1536, 49152)
+
+
+def test_parameters_of_the_starter():
+    assert STARTER.block_parameters == 576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536
+    assert STARTER.parameters == 134_479_872  # 134,515,008 with its norms
+    assert STARTER.lora_parameters(8, None, "all-linear") == 2_442_240
+    assert STARTER.lora_parameters(8, 8, "all-linear") == 2_442_240 * 8 // 30
+    assert STARTER.lora_parameters(4, 1, ("self_attn.q_proj",)) == 4 * (576 + 576)
+    assert STARTER.lora_parameters(8, None, "attention") + STARTER.lora_parameters(8, None, "mlp") == 2_442_240
+
+
+def test_shapes_are_read_from_configs():
+    config = {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    assert ModelShape.from_config(config) == STARTER
+    assert ModelShape.from_config({"text_config": config, "vision_config": {}}) == STARTER
+    mixture = ModelShape.from_config(
+        {**config, "num_experts": 8, "moe_intermediate_size": 64, "num_key_value_heads": None}
+    )
+    assert (mixture.experts, mixture.intermediate, mixture.kv_heads) == (8, 64, 9)
+    with pytest.raises(KeyError):
+        ModelShape.from_config({"hidden_size": 8})
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+def test_catalogue_models_have_the_sizes_in_their_names(entry):
+    shape = ModelShape.of(entry)
+    assert shape.parameters == entry.parameters
+    estimate = estimate_memory(shape, Workload(1024, 512), trainable=shape.lora_parameters(8, None, "all-linear"))
+    # Four bits and their scales, near what is on disk (the starter has an embedding of eight).
+    assert 0.75 < estimate.weights / entry.disk_bytes < 1.35
+    assert estimate.total < 16e9
+
+
+# MB beyond the weights and the optimizer, starter model, rank 8 on all linear layers, two CPU streams:
+# (tokens alive, longest context, measured, measured with gradient checkpointing)
+MEASURED = [
+    (256, 100, 220, 44),
+    (512, 100, 408, 78),
+    (1024, 100, 807, 146),
+    (780, 100, 629, 131),
+    (956, 400, 891, 136),
+    (836, 240, 717, 127),
+]
+
+
+@pytest.mark.parametrize(("tokens", "context", "plain", "checkpointed"), MEASURED)
+def test_estimates_are_within_a_fifth_of_what_was_measured(tokens, context, plain, checkpointed):
+    for checkpointing, measured in ((False, plain), (True, checkpointed)):
+        estimate = estimate_memory(
+            STARTER,
+            Workload(tokens, context),
+            trainable=2_442_240,
+            compute_bytes=4,
+            checkpointing=checkpointing,
+            weight_bytes=0,
+        )
+        ours = estimate.activations + estimate.logits + estimate.adapters // 2
+        assert ours / 1e6 == pytest.approx(measured, rel=0.2)
+
+
+def test_fewer_trained_layers_keep_less():
+    def activations(layers):
+        return estimate_memory(STARTER, Workload(512, 128), trainable=1, lora_layers=layers).activations
+
+    assert activations(30) / activations(8) == pytest.approx(31 / 9)
+    assert activations(None) == activations(30) == activations(99)
+
+
+def test_verdicts():
+    estimate = MemoryEstimate(50, 10, 10, 10, 10, 10, runtime=0)
+    assert estimate.total == 100
+    assert [estimate.verdict(available) for available in (200, 143, 120, 100, 99)] == [
+        *("safe", "safe", "tight", "tight", "too big")
+    ]
+    assert estimate.to_json()["total"] == 100
+
+
+def test_dense_weights_are_float32():
+    estimate = estimate_memory(STARTER, Workload(1, 1), trainable=0, dense=True)
+    assert estimate.weights == 4 * STARTER.parameters
+
+
+def test_it_never_loads_mlx():
+    code = "import sys, localdpo.train.memory; sys.exit('mlx' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
