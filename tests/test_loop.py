@@ -414,6 +414,18 @@ def test_stop_before_the_first_step(root):
     assert not of(events, StepEvent)
 
 
+def test_stop_before_going_on_keeps_where_the_run_was(root):
+    recipe = recipe_for(root)
+    _stopped_at(recipe, 3)
+    control = Control()
+    control.stop()
+    end = collect(recipe, resume=True, control=control)[-1]
+    assert (end.reason, end.step, end.message) == ("stopped", 3, "Stopped before going on from step 3.")
+    status = RunFolder(recipe.output_dir).status()
+    assert (status.state, status.step, status.attempt) == ("stopped", 3, 1)
+    assert of(collect(recipe, resume=True), StepEvent)[0].step == 4
+
+
 def test_a_loss_that_is_not_finite_names_its_rows_and_publishes_nothing(root, monkeypatch):
     recipe = recipe_for(root)
     real = PairScorer.loss_and_grad

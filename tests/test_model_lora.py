@@ -443,3 +443,10 @@ def test_the_starter_with_an_adapter_in_mlx_lm(starter: Path, tmp_path: Path) ->
     model, tokenizer = mlx_lm.load(str(starter), adapter_path=str(tmp_path / "a"))
     theirs = [answer.token for answer in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=10)]
     assert ours == theirs
+
+
+def test_a_fresh_adapter_with_dropout_answers_the_same_twice(folder: Path) -> None:
+    model = load_model(str(folder)).model
+    attach_lora(model, LoraSettings(rank=2, dropout=0.5))
+    tiny.randomise_adapter(model)
+    np.testing.assert_array_equal(_logits(model), _logits(model))

@@ -193,3 +193,23 @@ def test_with_no_minimum_every_prefix_is_run_once(rows: list[EncodedPair]) -> No
 @pytest.mark.parametrize("field", ["tokens", "positions", "rows", "targets"])
 def test_arrays_are_int32(field: str) -> None:
     assert getattr(pack([pair([1, 2], [3], [4, 5])]), field).dtype == np.int32
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(rows=batches(), call_cost=st.sampled_from([0, 10, 100, 10**6]), window=st.sampled_from([None, 3]))
+def test_blocks_cover_every_token_once_and_see_what_segments_see(
+    rows: list[EncodedPair], call_cost: int, window: int | None
+) -> None:
+    batch = pack(rows, min_shared=3)
+    blocks = batch.blocks(call_cost)
+    assert [index for block in blocks for index in range(block.start, block.stop)] == list(range(len(batch.tokens)))
+    whole = batch.attention_mask(window)
+    for block in blocks:
+        columns = np.concatenate([np.arange(*span) for span in [*block.ancestors, (block.start, block.stop)]])
+        rows_of_block = whole[block.start : block.stop]
+        np.testing.assert_array_equal(batch.block_mask(block, window), rows_of_block[:, columns])
+        assert rows_of_block.sum() == rows_of_block[:, columns].sum(), "a block leaves out something it should see"
+    if call_cost == 0:
+        assert blocks == list(batch.segments)
+    if call_cost == 10**6:
+        assert len(blocks) == 1

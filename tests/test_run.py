@@ -215,6 +215,17 @@ def test_resume_may_be_longer_and_leaner_but_not_shorter(recipe):
         open_again(_changed(recipe, max_steps=8), _files(recipe))
 
 
+def test_settings_that_came_with_a_later_version_are_no_difference(recipe):
+    with _start(recipe).run as run:
+        pass
+    info = run.info()
+    del info["recipe"]["dpo"]["simpo_gamma"]
+    info["recipe"]["dpo"]["forgotten"] = 3
+    run.info_file.write_text(json.dumps(info))
+    with open_again(recipe, _files(recipe)).run:
+        pass
+
+
 def test_resume_notices_a_damaged_copy(recipe):
     with _start(recipe).run as run:
         pass

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +29,8 @@ from localdpo.model.device import on_cpu
 _ATTENTION = "scaled_dot_product_attention"
 _SWIGLU = "swiglu"
 _MASKED = -1e9
+_CALL_COST = 32_000
+"""What an attention call costs beside its scores, in scores of one head: some 65 small operations, about 0.5 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,12 @@ class PackedCache:
     """Stands in for every layer's KV cache while a packed batch runs once."""
 
     def __init__(self, batch: PackedBatch, *, dense: bool) -> None:
-        """``dense`` uses one [T, T] mask and MLX's fused attention (GPU); otherwise segment by segment (CPU)."""
+        """``dense`` uses one [T, T] mask and MLX's fused attention (GPU); otherwise block by block (CPU)."""
         self.batch = batch
         self.dense = dense
         self.offset = mx.array(batch.positions)
         self._masks: dict[Any, mx.array] = {}
+        self._blocks: list[Segment] | None = None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window | None:
         """Mlx-lm's hook; causality is known from the segments, so only a window is worth passing on."""
@@ -64,7 +67,7 @@ class PackedCache:
         window = mask.size if mask is not None else None
         if self.dense:
             return self._attend_dense(queries, keys, values, scale, window)
-        return self._attend_by_segment(queries, keys, values, scale, window)
+        return self._attend_by_block(queries, keys, values, scale, window)
 
     def _attend_dense(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
@@ -75,7 +78,7 @@ class PackedCache:
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._masks[window])
         return out.transpose(2, 1, 0, 3)
 
-    def _attend_by_segment(
+    def _attend_by_block(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
         size, heads, _, width = queries.shape
@@ -86,35 +89,29 @@ class PackedCache:
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
+        if self._blocks is None:
+            self._blocks = self.batch.blocks(_CALL_COST // heads)
         parts = []
-        for segment in self.batch.segments:
-            spans = _spans(segment)
+        for block in self._blocks:
+            spans = _spans(block)
             parts.append(
                 _softmax_attention(
-                    queries[:, :, segment.start : segment.stop],
+                    queries[:, :, block.start : block.stop],
                     _take(keys, spans),
                     _take(values, spans),
-                    self._segment_mask(segment, window),
+                    self._block_mask(block, window),
                 )[0]
             )
         out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
         return out.reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
-    def _segment_mask(self, segment: Segment, window: int | None) -> mx.array:
-        length, context = segment.stop - segment.start, segment.context
-        key = (length, context, window)
+    def _block_mask(self, block: Segment, window: int | None) -> mx.array:
+        """[n, context + n]: 0 where the query may look, a large negative number elsewhere."""
+        key = (block.start, window)
         if key not in self._masks:
-            self._masks[key] = mx.array(_additive_mask(*key))
+            allowed = self.batch.block_mask(block, window)
+            self._masks[key] = mx.array(np.where(allowed, 0.0, _MASKED).astype(np.float32))
         return self._masks[key]
-
-
-@lru_cache(maxsize=512)
-def _additive_mask(length: int, context: int, window: int | None) -> np.ndarray:
-    """[length, context + length]: 0 where the query may look, a large negative number elsewhere."""
-    allowed = np.tri(length, context + length, context, dtype=np.bool_)
-    if window is not None:
-        allowed &= ~np.tri(length, context + length, context - window, dtype=np.bool_)
-    return np.where(allowed, 0.0, _MASKED).astype(np.float32)
 
 
 def _spans(segment: Segment) -> tuple[tuple[int, int], ...]:

@@ -66,18 +66,57 @@ class PackedBatch:
             matrix[completion, predictions] = 1.0
         return matrix
 
+    def blocks(self, call_cost: int) -> list[Segment]:
+        """Segments for attention: whole subtrees as one where that costs less than a call for each segment.
+
+        Costs are counted in scores, queries times keys; ``call_cost`` is what a call costs beside its scores. A
+        subtree's tokens stand side by side, so a block has the form of a segment, but needs :meth:`block_mask`.
+        """
+
+        def merge(index: int) -> tuple[int, list[Segment], int]:
+            """Cost and blocks of the subtree at ``index``, and the index after it."""
+            root = self.segments[index]
+            depth = root.context + root.stop - root.start
+            cost = call_cost + (root.stop - root.start) * depth
+            blocks, after = [root], index + 1
+            while after < len(self.segments) and self.segments[after].context >= depth:
+                more, below, after = merge(after)
+                cost, blocks = cost + more, blocks + below
+            size = self.segments[after - 1].stop - root.start
+            whole = call_cost + size * (root.context + size)
+            if len(blocks) > 1 and whole < cost:
+                return whole, [Segment(root.start, root.start + size, root.ancestors)], after
+            return cost, blocks, after
+
+        cost, index = 0, 0
+        blocks: list[Segment] = []
+        while index < len(self.segments):
+            more, below, index = merge(index)
+            cost, blocks = cost + more, blocks + below
+        size = len(self.tokens)
+        return [Segment(0, size, ())] if len(blocks) > 1 and call_cost + size * size < cost else blocks
+
+    def block_mask(self, block: Segment, window: int | None = None) -> np.ndarray:
+        """[n, context + n] bool for a block's n tokens: their ancestors first, then the block."""
+        spans = [*block.ancestors, (block.start, block.stop)]
+        columns = np.concatenate([np.arange(*span) for span in spans])
+        mask = np.zeros((block.stop - block.start, len(columns)), np.bool_)
+        place = np.full(len(self.tokens), -1)
+        place[columns] = np.arange(len(columns))
+        for segment in self.segments:
+            if block.start <= segment.start < block.stop:
+                rows = slice(segment.start - block.start, segment.stop - block.start)
+                for start, stop in segment.ancestors:
+                    mask[rows, place[start:stop]] = True
+                mask[rows, place[segment.start : segment.stop]] = np.tri(segment.stop - segment.start, dtype=np.bool_)
+        if window is not None:
+            positions = self.positions
+            mask &= positions[block.start : block.stop, None] - positions[columns][None] < window
+        return mask
+
     def attention_mask(self, window: int | None = None) -> np.ndarray:
         """[T, T] bool: True where the row's token may attend to the column's."""
-        size = len(self.tokens)
-        mask = np.zeros((size, size), np.bool_)
-        for segment in self.segments:
-            for start, stop in segment.ancestors:
-                mask[segment.start : segment.stop, start:stop] = True
-            length = segment.stop - segment.start
-            mask[segment.start : segment.stop, segment.start : segment.stop] = np.tri(length, dtype=np.bool_)
-        if window is not None:
-            mask &= self.positions[:, None] - self.positions[None, :] < window
-        return mask
+        return self.block_mask(Segment(0, len(self.tokens), ()), window)
 
 
 class _Tree:

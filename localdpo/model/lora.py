@@ -106,6 +106,7 @@ def _attach(model: nn.Module, layers: Sequence[nn.Module], keys: Sequence[str], 
     random_keys = mx.random.split(mx.random.key(settings.seed), len(modules))
     for number, (name, module) in enumerate(modules):
         lora = _wrap(module, settings, random_keys[number])
+        lora.train(model.training)  # a new module trains: its dropout would be on in a model that answers
         model.update_modules(tree_unflatten([(name, lora)]))
     trainable = sum(value.size for value in adapter_weights(model).values())
     mx.eval(model.trainable_parameters())

@@ -84,7 +84,8 @@ def train(
                 yield event
                 preparing = isinstance(event, ProgressEvent) and event.stage in _PREPARING
                 if preparing and run.poll(control) == "stop":
-                    yield _end(run, "stopped", "Stopped before the first step.", resumable=True)
+                    at = f"going on from step {run.current.step}" if run.current.step else "the first step"
+                    yield _end(run, "stopped", f"Stopped before {at}.", resumable=True)
                     return
         except DivergedError as error:
             yield _end(run, "diverged", str(error), resumable=False)
@@ -147,7 +148,7 @@ def fit(session: Session, control: Control) -> Stage[str]:
         request, reason = run.poll(control), stop_reason(session)
         if improved or reason or request != "resume" or _due(session, recipe.save_steps):
             yield from save(session)
-        if request == "pause":
+        if request == "pause" and not reason:
             request = yield from wait(session, control)
         if request == "stop" and not reason:
             return "stopped"

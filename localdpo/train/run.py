@@ -161,12 +161,22 @@ class ActiveRun(RunFolder):
     ``finish``, records the run as failed.
     """
 
-    def __init__(self, path: Path, lock: FileLock, *, attempt: int = 0) -> None:
+    def __init__(self, path: Path, lock: FileLock, before: Status | None = None) -> None:
+        """``before`` is the status of the attempt that this one resumes."""
         super().__init__(path)
         self._lock = lock
         self._metrics = self.metrics_file.open("ab")
         self._written = float("-inf")
-        self._status = Status(attempt=attempt, pid=os.getpid(), host=socket.gethostname(), started=time.time())
+        self._status = replace(
+            before or Status(),
+            attempt=before.attempt + 1 if before else 0,
+            state="starting",
+            reason="",
+            message="",
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            started=round(time.time(), 3),
+        )
         self.poll_seconds = 0.2
 
     def __enter__(self) -> ActiveRun:

@@ -138,7 +138,7 @@ def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
             folder.control_file.unlink(missing_ok=True)
             write_json(folder.info_file, {**info, "recipe": recipe.model_dump(mode="json")})
             atomic_write(folder.recipe_file, dump_recipe(recipe))
-            return Opened(ActiveRun(folder.path, lock, attempt=(before.attempt if before else 0) + 1))
+            return Opened(ActiveRun(folder.path, lock, before or Status()))
     except BaseException:
         lock.release()
         raise
@@ -232,10 +232,12 @@ def _copy_files(run: ActiveRun, files: Mapping[str, DataFile]) -> None:
 
 
 def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
-    before, now = dict(_flat(info.get("recipe", {}))), dict(_flat(recipe.model_dump(mode="json")))
+    now = dict(_flat(recipe.model_dump(mode="json")))
+    # A setting that the run's version did not have yet worked as its default does now.
+    before = {**_defaults(), **dict(_flat(info.get("recipe", {})))}
     problems = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+    for key, new in now.items():
+        old = before.get(key)
         by_content = key in _BY_CONTENT and isinstance(old, str) and isinstance(new, str)
         if old == new or key in MAY_CHANGE or key == "model" or by_content:
             continue
@@ -247,6 +249,11 @@ def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem
             )
         )
     return problems + _shorter(before, now)
+
+
+def _defaults() -> dict[str, Any]:
+    least = Recipe.model_validate({"model": "-", "data": {"train": "-"}})
+    return dict(_flat(least.model_dump(mode="json")))
 
 
 def _refuse_finished(status: Status, info: Mapping[str, Any], recipe: Recipe) -> None:

@@ -254,11 +254,7 @@ def common_arguments(folder: str) -> dict[str, Any]:
 
 def parameters(trainer: Any) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters by PEFT's saved name."""
-    return {
-        name.replace(".default", ""): value
-        for name, value in trainer.model.named_parameters()
-        if "lora_" in name
-    }
+    return {name.replace(".default", ""): value for name, value in trainer.model.named_parameters() if "lora_" in name}
 
 
 def make_trainer(kind: type, config: Any, base: Path, adapter: dict[str, np.ndarray]) -> Any:
@@ -401,9 +397,7 @@ def token_logps(
 
             def forward(inputs: Any = inputs, labels: Any = labels) -> np.ndarray:
                 with torch.no_grad():
-                    return trainer.model(
-                        **inputs, labels=labels, fused_lm_head=True, use_cache=False
-                    ).log_probs.numpy()
+                    return trainer.model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.numpy()
 
             policy = forward()
             with trainer.model.disable_adapter():
@@ -413,9 +407,7 @@ def token_logps(
                     ("chosen", slice(None, len(pairs))),
                     ("rejected", slice(len(pairs), None)),
                 ):
-                    arrays[f"{variant}/{batch}/{owner}/{side}"] = completion_rows(
-                        logps[half], mask[half, 1:].numpy()
-                    )
+                    arrays[f"{variant}/{batch}/{owner}/{side}"] = completion_rows(logps[half], mask[half, 1:].numpy())
     return arrays
 
 
