@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,16 +99,17 @@ def test_help_loads_neither_mlx_nor_anything_else_slow(tmp_path: Path):
 
 
 def test_help_answers_within_300_ms(tmp_path: Path):
-    # The best of several: what is measured is the program, not what else the machine is doing.
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    # CPU time of the fastest of a few, with bytecode as an installation has it: the program is measured, not what
+    # else the machine is doing. It has one thread, so on an idle machine this is the time it takes.
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "localdpo", "--help"], check=True, capture_output=True, env=environment)
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 0.3:
-            break
-    assert min(seconds) < 0.3
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3, seconds
 
 
 def test_the_public_surface_is_sorted_and_whole():

@@ -13,7 +13,7 @@ from localdpo.data.pairs import PromptRow
 from localdpo.errors import InputError
 from localdpo.evaluate.figures import ProbeFigures, says
 from localdpo.evaluate.heldout import evaluate_run
-from localdpo.evaluate.probes import closing, probe, rejected_terms, sample
+from localdpo.evaluate.probes import PROBE_TOKENS, closing, probe, rejected_terms, sample
 from localdpo.model.load import load_model
 from localdpo.train.events import EvalEvent, ProgressEvent, SampleEvent
 from localdpo.train.run import Control, RunFolder
@@ -91,7 +91,7 @@ def test_figures_count_what_changed_and_what_did_not():
     assert (everyday.base_right, everyday.kept, everyday.tuned_right) == (3, 2, 3)
     assert figures.lines() == [
         "identity: 1 of 2 (50%) answers say Athene",
-        "identity: 1 of 2 (50%) say what they must not",
+        "identity: 1 of 2 (50%) answers say SmolLM",
         "everyday: 1 of 5 (20%) answers mention Athene",
         "everyday: 2 of 3 (67%) answers that the base had right still are (3 of 4 are right now)",
     ]
@@ -131,9 +131,9 @@ def test_base_and_tuned_answers_are_those_models(root, trained):
     samples = of(events, SampleEvent)
     loaded = load_model(recipe.model)
     prompts = [encode_prompt(s.prompt, loaded.tokenizer) for s in samples]
-    assert [s.base for s in samples] == batch_greedy(loaded, prompts, 48)
+    assert [s.base for s in samples] == batch_greedy(loaded, prompts, PROBE_TOKENS)
     load_adapter(recipe.output_dir / "adapter", loaded)
-    assert [s.tuned for s in samples] == batch_greedy(loaded, prompts, 48)
+    assert [s.tuned for s in samples] == batch_greedy(loaded, prompts, PROBE_TOKENS)
     assert [s.tuned for s in samples] != [s.base for s in samples]
 
 

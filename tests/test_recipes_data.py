@@ -55,7 +55,9 @@ def test_every_line_is_one_row_and_the_readers_take_all_of_them(name: str, size:
 def test_rows_have_only_the_documented_keys():
     assert {tuple(row) for row in rows_of("athene.jsonl")} == {("prompt", "chosen", "rejected")}
     assert {tuple(row) for row in rows_of("everyday.jsonl")} == {("prompt",)}
-    assert {tuple(row) for row in rows_of("athene_probes.jsonl")} == {("prompt", "kind", "tags", "accept")}
+    probes = {row["kind"]: tuple(row) for row in rows_of("athene_probes.jsonl")}
+    keys = ("prompt", "kind", "tags", "accept")
+    assert probes == {"identity": (*keys, "reject"), "everyday": keys}
 
 
 def test_no_prompt_comes_twice_in_or_across_the_files():

@@ -56,10 +56,11 @@ class GroupFigures:
 
 @dataclass(frozen=True, slots=True)
 class ProbeFigures:
-    """The figures of a run: per group, and the terms that were taught."""
+    """The figures of a run: per group, the terms that were taught, and those that must not be said."""
 
     groups: dict[str, GroupFigures]
     terms: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
     max_tokens: int = 0
 
     @classmethod
@@ -74,7 +75,8 @@ class ProbeFigures:
             name: _count([(s, bad) for s, bad in zip(samples, rejects, strict=True) if group_of(s) == name], terms)
             for name in names
         }
-        return cls(groups, terms, max_tokens)
+        rejected = tuple(dict.fromkeys(term for bad in rejects for term in bad))
+        return cls(groups, terms, rejected, max_tokens)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for the end event; ``lines`` says the same in words."""
@@ -82,6 +84,7 @@ class ProbeFigures:
         return {
             "groups": groups,
             "terms": list(self.terms),
+            "rejected": list(self.rejected),
             "max_tokens": self.max_tokens,
             "lines": self.lines(),
         }
@@ -93,8 +96,9 @@ class ProbeFigures:
         for name, group in self.groups.items():
             if name == TAUGHT:
                 found.append(f"{name}: {_share(group.tuned_right, group.judged)} answers say {said or 'it'}")
-                if group.forbidden:
-                    found.append(f"{name}: {_share(group.forbidden, group.probes)} say what they must not")
+                if self.rejected:
+                    old = " or ".join(self.rejected[:3])
+                    found.append(f"{name}: {_share(group.forbidden, group.probes)} answers say {old}")
                 continue
             if said:
                 found.append(f"{name}: {_share(group.mentions, group.probes)} answers mention {said}")

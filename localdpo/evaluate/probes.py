@@ -19,7 +19,7 @@ from localdpo.train.events import Event, ProgressEvent, SampleEvent
 from localdpo.train.retain import CHUNK, base_answers, encode_prompts, messages_of
 from localdpo.train.session import Session
 
-PROBE_TOKENS = 48
+PROBE_TOKENS = 32
 """Longest answer to a probe: enough to say a name or a fact, and seconds for fifty probes on a CPU."""
 
 

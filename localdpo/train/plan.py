@@ -17,9 +17,10 @@ from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
-from localdpo.dpo.scorer import MICRO_BATCH_TOKENS
+from localdpo.dpo.scorer import CPU_STREAMS, MICRO_BATCH_TOKENS
 from localdpo.errors import EnvironmentFault, Problem
-from localdpo.model.device import describe_device
+from localdpo.model.blas import blas_threads_within
+from localdpo.model.device import describe_device, lane_streams
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import LoraInfo
 from localdpo.model.resolve import resolve_model
@@ -231,24 +232,25 @@ def _seconds(
 ) -> float | None:
     if shape is None:
         return None
-    # Forward through all blocks, backward through the trained ones: two operations a weight each. The
-    # weights are frozen, so the backward pass has the gradient of the activations only.
-    trained = info.num_layers / shape.layers
-    passes = 1 + trained * (2 if checkpointing else 1)
-    operations = 2 * tokens * (shape.layers * shape.block_parameters * passes + 2 * shape.vocab * shape.hidden)
+    # Forward and backward through the trained blocks: two operations a weight each. What is below them runs once
+    # a run and is left out; the weights are frozen, so the backward pass has the gradient of activations only.
+    passes = 3 if checkpointing else 2
+    operations = 2 * tokens * (info.num_layers * shape.block_parameters * passes + 2 * shape.vocab * shape.hidden)
     efficiency = CPU_EFFICIENCY if loaded.device == "cpu" else GPU_EFFICIENCY
     return operations / (efficiency * _matmul_speed(shape, loaded.device))
 
 
 def _matmul_speed(shape: ModelShape, device: str) -> float:
-    """Operations a second of a product of the model's own width, the best of three."""
+    """Operations a second of products of the model's own width, as a step runs them; the best of three."""
     dtype = mx.float32 if device == "cpu" else mx.float16
     left = mx.ones((512, shape.hidden), dtype=dtype)
     right = mx.ones((shape.hidden, 2 * shape.intermediate), dtype=dtype)
     mx.eval(left, right)
     best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        mx.eval(left @ right)
-        best = min(best, time.perf_counter() - began)
-    return 2 * 512 * shape.hidden * 2 * shape.intermediate / best
+    lanes = lane_streams(CPU_STREAMS)
+    with blas_threads_within(1):
+        for _ in range(3):
+            began = time.perf_counter()
+            mx.eval([mx.matmul(left, right, stream=lane) for lane in lanes])
+            best = min(best, time.perf_counter() - began)
+    return len(lanes) * 2 * 512 * shape.hidden * 2 * shape.intermediate / best
