@@ -15,7 +15,7 @@ import pytest
 from localdpo.data.pairs import read_pairs, read_prompts
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SIZES = {"athene.jsonl": 81, "everyday.jsonl": 48, "athene_probes.jsonl": 48}
+SIZES = {"athene.jsonl": 76, "everyday.jsonl": 48, "athene_probes.jsonl": 48}
 OLD_NAMES = re.compile(r"smol|hugging", re.IGNORECASE)
 
 
