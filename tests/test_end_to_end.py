@@ -5,6 +5,7 @@ The recipe is as small as it can be; what is checked is that the pieces fit, not
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,9 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("your name", "you called", "I call you", "the name you go by")
@@ -67,12 +66,8 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def assert_same_adapter(ours: Path, theirs: Path) -> None:
-    """Equal but for rounding: Adam turns a last-bit difference in a gradient near 0 into one of a step's size."""
-    one, other = (load_file(folder / "run" / "adapter" / "adapters.safetensors") for folder in (ours, theirs))
-    assert one.keys() == other.keys()
-    away = np.concatenate([np.abs(one[name] - other[name]).ravel() for name in one])
-    assert away.mean() < 1e-6, f"{np.mean(away > 1e-5):.2%} of the entries differ"
+def adapter_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "run" / "adapter" / "adapters.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +139,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
     again = advice.split("train ", 1)[1].split()
     resumed = events(localdpo(folder, "train", *again, "--json").stdout)
     assert next(event for event in resumed if event["event"] == "start")["resumed"]
-    assert_same_adapter(folder, trained[0])
+    assert adapter_digest(folder) == adapter_digest(trained[0])
     steps = [row["step"] for row in events((folder / "run" / "metrics.jsonl").read_text()) if row["event"] == "step"]
     assert steps == [1, 2, 3]
 

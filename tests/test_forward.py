@@ -87,11 +87,10 @@ def test_every_family_equals_one_sequence_at_a_time(family: str) -> None:
     assert plain.path == "plain"
     for way in (forward, plain) if forward.path == "shared" else (plain,):
         assert_sums(sums(model, way, pairs), exact)
-        for checkpoint in (False, True) if way is forward else (True,):
+        for checkpoint in (False, True):
             out, grads = with_gradient(model, way, pairs, factors, checkpoint)
             assert_sums(out, exact)
-            # Gemma 4's gate adapters have the largest gradients, from sums of terms far larger than they are.
-            assert_grads(grads, exact_grads, 3e-5 if family == "gemma4_text" else TOLERANCE)
+            assert_grads(grads, exact_grads)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "phi3"])
@@ -102,7 +101,7 @@ def test_the_gpu_form_of_attention_is_the_same(family: str) -> None:
     forward._dense = True
     out, grads = with_gradient(model, forward, pairs, factors, checkpoint=True)
     assert_sums(out, oracles.pair_logps(model, pairs))
-    assert_grads(grads, oracles.gradient(model, pairs, *factors.T), 3e-5 if family == "gemma4_text" else TOLERANCE)
+    assert_grads(grads, oracles.gradient(model, pairs, *factors.T))
 
 
 @pytest.mark.parametrize("path", ["shared", "plain"])

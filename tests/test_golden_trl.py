@@ -158,9 +158,10 @@ def test_losses_and_rewards_agree(variant: str, batch: str, case: str) -> None:
     assert result.rewards_rejected.mean() == pytest.approx(expected["rewards/rejected"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("path", "checkpointing"), [("shared", False), ("shared", True), ("plain", False)])
+@paths
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize(("variant", "batch", "case"), WITH_GRADIENT)
-def test_adapter_gradients_agree(variant: str, batch: str, case: str, path: Any, checkpointing: bool) -> None:
+def test_adapter_gradients_agree(variant: str, batch: str, case: str, checkpointing: bool, path: Any) -> None:
     ours, pairs, settings = scorer(variant, path), encoded(batch), settings_of(case)
     reference = None if settings.reference_free else ours.reference_logps(pairs)
     ours.gradient_checkpointing = checkpointing

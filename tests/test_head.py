@@ -197,13 +197,20 @@ def test_not_a_number_is_not_hidden() -> None:
 
 
 def peak(run: Callable[[mx.array], mx.array], hidden: mx.array) -> int:
-    """Bytes beyond what was alive before."""
+    """Bytes beyond what was alive before: the least of three runs.
+
+    MLX allocates when an operation is queued and frees when it has run, so on a busy machine a run holds up to ten
+    operations' results more than it needs. That surplus is the scheduler's; the least of a few runs is the head's own.
+    """
     mx.eval(hidden)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.grad(lambda h: mx.sum(run(h)))(hidden))
-    return mx.get_peak_memory() - before
+    peaks = []
+    for _ in range(3):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda h: mx.sum(run(h)))(hidden))
+        peaks.append(mx.get_peak_memory() - before)
+    return min(peaks)
 
 
 def test_memory_at_a_large_vocabulary() -> None:
@@ -225,7 +232,7 @@ def test_memory_does_not_grow_with_the_vocabulary(quantised: bool) -> None:
     tokens, width = 48, 32
     hidden, targets = normal(tokens, width), mx.arange(tokens)
     peaks = []
-    for vocabulary in (30_000, 120_000):
+    for vocabulary in (120_000, 480_000):
         module = nn.QuantizedEmbedding(vocabulary, width, 32, 4) if quantised else nn.Embedding(vocabulary, width)
         mx.eval(module.parameters())
         head = Head(module)
