@@ -87,15 +87,10 @@ def test_changed_ids_bases_and_devices_are_other_entries(tmp_path: Path) -> None
 
 
 def test_progress_counts_what_is_computed(tmp_path: Path) -> None:
-    pairs, seen = rows(70), []
-    cache(tmp_path).get(CountingScorer(), pairs[:3], lambda *at: seen.append(at))
-    assert seen == [(3, 3)]
-    seen.clear()
-    cache(tmp_path).get(CountingScorer(), pairs, lambda *at: seen.append(at))
-    assert seen == [(32, 67), (64, 67), (67, 67)]
-    seen.clear()
-    cache(tmp_path).get(CountingScorer(), pairs, lambda *at: seen.append(at))
-    assert seen == []
+    pairs = rows(70)
+    assert list(cache(tmp_path).fill(CountingScorer(), pairs[:3])) == [(0, 3), (3, 3)]
+    assert list(cache(tmp_path).fill(CountingScorer(), pairs)) == [(0, 67), (32, 67), (64, 67), (67, 67)]
+    assert list(cache(tmp_path).fill(CountingScorer(), pairs)) == [(0, 0)]
 
 
 def test_an_interruption_keeps_what_was_done(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ the base's fingerprint and by what computed it. A cache that is damaged or canno
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -16,8 +16,6 @@ import numpy as np
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import PairLogps
 from localdpo.dpo.scorer import PairScorer
-
-Progress = Callable[[int, int], None]
 
 _CHUNK = 32  # pairs between two commits: what an interruption can cost
 _LOOKUP = 500  # SQLite's oldest limit on parameters is 999
@@ -32,14 +30,25 @@ class ReferenceCache:
         """``device`` ("cpu", "gpu") keeps half-precision numbers apart from float32 ones."""
         self.path = folder / f"{fingerprint[:32]}-{device}.sqlite"
 
-    def get(self, scorer: PairScorer, pairs: Sequence[EncodedPair], progress: Progress | None = None) -> PairLogps:
-        """Reference log-probs of ``pairs``, in their order; what is missing is computed and stored.
+    def get(self, scorer: PairScorer, pairs: Sequence[EncodedPair]) -> PairLogps:
+        """Reference log-probs of ``pairs``, in their order; what is missing is computed and stored."""
+        work = self.fill(scorer, pairs)
+        while True:
+            try:
+                next(work)
+            except StopIteration as finished:
+                logps: PairLogps = finished.value
+                return logps
 
-        ``progress(done, total)`` counts distinct pairs computed now; it is not called when none are.
+    def fill(self, scorer: PairScorer, pairs: Sequence[EncodedPair]) -> Generator[tuple[int, int], None, PairLogps]:
+        """Like :meth:`get`, yielding (done, total) distinct pairs computed now, before the first and after each chunk.
+
+        What was computed is stored before each yield: left there, it is not computed again.
         """
         known = self.lookup({pair.key for pair in pairs})
         missing = list({pair.key: pair for pair in pairs if pair.key not in known}.values())
         missing.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
+        yield 0, len(missing)
         for start in range(0, len(missing), _CHUNK):
             chunk = missing[start : start + _CHUNK]
             logps = scorer.reference_logps(chunk)
@@ -49,8 +58,7 @@ class ReferenceCache:
             }
             self._store(found)
             known |= found
-            if progress is not None:
-                progress(start + len(chunk), len(missing))
+            yield start + len(chunk), len(missing)
         sums = np.array([known[pair.key] for pair in pairs], np.float32).reshape(-1, 2)
         return PairLogps(
             sums[:, 0],

@@ -166,7 +166,8 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
     scorer = yield from _scorer(setup)
     reference = held_out_reference = None
     if not settings.reference_free:
-        both = yield from staged("reference", _reference([*train, *setup.held_out], scorer, loaded))
+        cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
+        both = yield from staged("reference", cache.fill(scorer, [*train, *setup.held_out]))
         reference = both.rows(np.arange(len(train)))
         held_out_reference = both.rows(np.arange(len(train), len(both.chosen)))
     order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
@@ -246,24 +247,6 @@ def _restore(setup: Setup, run: ActiveRun) -> tuple[Checkpoint | None, list[Warn
             )
         )
     return restored, notes
-
-
-def _reference(
-    pairs: Sequence[EncodedPair], scorer: PairScorer, loaded: LoadedModel
-) -> Generator[tuple[int, int], None, PairLogps]:
-    cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
-    known = cache.lookup({pair.key for pair in pairs})
-    missing = list({pair.key: pair for pair in pairs if pair.key not in known}.values())
-    missing.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
-    yield 0, len(missing)
-    for start in range(0, len(missing), CHUNK):
-        chunk = missing[start : start + CHUNK]
-        logps = cache.get(scorer, chunk)
-        known |= {pair.key: (logps.chosen[i], logps.rejected[i]) for i, pair in enumerate(chunk)}
-        yield start + len(chunk), len(missing)
-    sums = np.array([known[pair.key] for pair in pairs], np.float32)
-    lengths = np.array([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs])
-    return PairLogps(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
 
 
 def _lora_settings(recipe: Recipe) -> LoraSettings:
