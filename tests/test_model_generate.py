@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from localdpo.errors import InputError
-from localdpo.model import generate
+from localdpo.model import generate, prefix
 from localdpo.model.generate import SamplingOptions, batch_greedy, stream
 from localdpo.model.load import LoadedModel, load_model
 
@@ -124,6 +124,32 @@ def test_a_batch_answers_like_one_by_one(loaded: LoadedModel, monkeypatch: pytes
     monkeypatch.setattr(generate, "BATCH_ROWS", rows)
     prompts = _prompts(9)
     assert batch_greedy(loaded, prompts, 20) == _one_by_one(loaded, prompts, 20)
+
+
+@pytest.mark.parametrize("prefill", [1, 64])
+@pytest.mark.parametrize("shared", [1, 5, 40])
+def test_what_prompts_begin_with_runs_once(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, shared: int, prefill: int
+) -> None:
+    """Rows of very different lengths, one that is hardly longer than the prefix, two that are equal."""
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", prefill)
+    start = np.arange(100, 100 + shared, dtype=np.int32)
+    own = [np.array([4], np.int32), *_prompts(6, seed=8), np.arange(5, 65, dtype=np.int32)]
+    prompts = [np.concatenate([start, rest]) for rest in own]
+    prompts.append(prompts[2])
+    assert prefix.shared_length(prompts) >= shared
+    alone = [generate.batch_greedy(loaded, [prompt], 12)[0] for prompt in prompts]
+    assert alone == _one_by_one(loaded, prompts, 12)
+    assert batch_greedy(loaded, prompts, 12) == alone
+
+
+def test_how_long_the_shared_part_is() -> None:
+    assert prefix.shared_length([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert prefix.shared_length([[1, 2, 3], [1, 2, 3]]) == 2  # each keeps a token of its own
+    assert prefix.shared_length([[1, 2, 3], [2]]) == 0
+    assert prefix.shared_length([[1, 2], [2, 2]]) == 0
+    assert prefix.shared_length([[1, 2, 3]]) == 0
+    assert prefix.shared_length([]) == 0
 
 
 @pytest.mark.parametrize("prefill", [1, 7, 64])

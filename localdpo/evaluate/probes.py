@@ -16,11 +16,12 @@ from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
-from localdpo.train.retain import CHUNK, base_answers, encode_prompts, messages_of
+from localdpo.train.retain import CHUNK, RETAIN_TOKENS, base_answers, encode_prompts, messages_of
 from localdpo.train.session import Session
 
-PROBE_TOKENS = 32
-"""Longest answer to a probe: enough to say a name or a fact, and seconds for fifty probes on a CPU."""
+PROBE_TOKENS = RETAIN_TOKENS
+"""Longest answer to a probe: enough to say a name or a fact. As long as a retain answer, so that the base gives both
+in the same batches."""
 
 
 def closing(session: Session) -> Generator[Event, None, Mapping[str, Any]]:

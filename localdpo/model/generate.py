@@ -1,4 +1,4 @@
-"""Generate text: one answer as a stream of tokens, or greedy answers to many prompts at once.
+"""Generate text: one answer as a stream of tokens, or answers to many prompts at once (``sample`` draws them).
 
 Streaming is mlx-lm's generator with its samplers. The batched decoder is our own, over mlx-lm's batch caches:
 one forward a step for all prompts, no log-probabilities, finished rows dropped. It knows nothing about adapters
@@ -8,8 +8,9 @@ one forward a step for all prompts, no log-probabilities, finished rows dropped.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -20,12 +21,13 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from localdpo.data.encode import encode_prompt
 from localdpo.data.pairs import Message
-from localdpo.errors import InputError, Problem
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import lane_streams
 from localdpo.model.load import LoadedModel
+from localdpo.model.prefix import Prefix, caches_after, run_prefix
+from localdpo.model.sampling import SamplingOptions as SamplingOptions  # known under both names
 
-BATCH_ROWS = 32
+BATCH_ROWS = 64
 REFILTER_SHARE = 0.75  # dropping rows copies the caches: wait until a quarter has finished
 PREFILL_TOKENS = 2048  # prompt tokens of a batch processed at a time
 CPU_LANES = 2  # batches decoded side by side on a CPU
@@ -33,39 +35,8 @@ CPU_LANES = 2  # batches decoded side by side on a CPU
 Ids = Sequence[int] | np.ndarray
 Progress = Callable[[int, int], None]
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How to choose tokens; the default is greedy.
-
-    top_p, top_k and min_p apply when temperature > 0, and are off at 1.0, 0 and 0.0. repetition_penalty 1.0 is
-    off. seed: None draws from mlx's global random state; a number sets that state first.
-    """
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise InputError naming every option out of range."""
-        limits: list[tuple[str, bool, str]] = [
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature <= 100, "within 0 to 100"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("min_p", 0 <= self.min_p <= 1, "within 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
-        ]
-        problems = [
-            Problem(name, f"{getattr(self, name)} must be {wanted}") for name, fine, wanted in limits if not fine
-        ]
-        if problems:
-            raise InputError(*problems)
+Choose = Callable[[mx.array, "Sequence[BatchRow]"], mx.array]
+"""Next tokens [B] from logits [B, vocabulary] and the rows that they are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +60,12 @@ def stream(
 ) -> Iterator[Token]:
     """Yield the answer to ``prompt`` (chat messages, or token ids as they are) token by token.
 
-    Stops at an end of turn, at ``options.max_tokens``, or before the next token once ``cancelled()`` is true.
+    Stops at an end of turn, at ``options.max_tokens``, or before the next token (or the next piece of a long
+    prompt) once ``cancelled()`` is true. Streams of one thread may take turns: none changes another's tokens.
     """
     options = options or SamplingOptions()
     ids = _prompt_ids(loaded, prompt)
-    if options.seed is not None:
-        mx.random.seed(options.seed)
+    seeds = random.Random(options.seed)  # one a step: mlx has one random state for all streams of a thread
     top_p = options.top_p if options.top_p < 1 else 0.0  # mlx-lm: 0 is off
     vocabulary = len(loaded.tokenizer)
     sampler = make_sampler(
@@ -108,10 +79,16 @@ def stream(
         max_tokens=options.max_tokens,
         sampler=sampler,
         logits_processors=make_logits_processors(repetition_penalty=penalty),
+        prompt_progress_callback=lambda _done, _total: _leave_if(cancelled()),
     )
     while True:
-        with blas_threads_within(1):  # not around the yield: the caller's own products are none of ours
-            response = next(responses, None)
+        if options.seed is not None:
+            mx.random.seed(seeds.getrandbits(64))
+        try:
+            with blas_threads_within(1):  # not around the yield: the caller's own products are none of ours
+                response = next(responses, None)
+        except _Left:
+            break
         if response is None:
             break
         reason = cast(FinishReason | None, response.finish_reason)
@@ -120,27 +97,65 @@ def stream(
             break
 
 
+class _Left(Exception):
+    """The prompt is no longer wanted."""
+
+
+def _leave_if(cancelled: bool) -> None:
+    if cancelled:
+        raise _Left
+
+
 def batch_greedy(
     loaded: LoadedModel, prompts: Sequence[Ids], max_tokens: int, progress: Progress | None = None
 ) -> list[str]:
     """Greedy answers to ``prompts`` (token ids), in order, each without its end of turn.
 
     The answers are those of decoding one by one: padding is masked and positions count from each prompt's own
-    start. On a CPU two batches run side by side. ``progress`` gets (answers finished, answers wanted).
+    start. What all prompts begin with runs once. On a CPU two batches run side by side. ``progress`` gets
+    (answers finished, answers wanted).
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    answers: list[list[int]] = [[] for _ in prompts]
+    rows = [BatchRow(prompt) for prompt in prompts]
+    decode_rows(loaded, rows, SamplingOptions(max_tokens=max_tokens), _likeliest, progress)
+    return [text_of(loaded, row.answer) for row in rows]
+
+
+def _likeliest(logits: mx.array, _rows: Sequence[BatchRow]) -> mx.array:
+    return mx.argmax(logits, axis=-1)
+
+
+@dataclass(slots=True)
+class BatchRow:
+    """A prompt, and its answer as far as it is. ``seed`` is for those that sample."""
+
+    prompt: Ids
+    seed: int | None = None
+    answer: list[int] = field(default_factory=list)
+    finish: FinishReason = "length"
+
+
+def decode_rows(
+    loaded: LoadedModel,
+    rows: Sequence[BatchRow],
+    options: SamplingOptions,
+    choose: Choose,
+    progress: Progress | None = None,
+) -> None:
+    """Fill in the answers of ``rows``, each token as ``choose`` says; see :func:`batch_greedy`."""
     streams = lane_streams(CPU_LANES)
+    prompts = [row.prompt for row in rows]
     waiting = _row_groups([len(prompt) for prompt in prompts], len(streams))
     lanes: dict[int, _Lane] = {}
     finished = 0
+    prefix = run_prefix(loaded.model, prompts)
     with blas_threads_within(1):
         while finished < len(prompts):
             for number, on in enumerate(streams):
                 if number not in lanes and waiting:
-                    batch = [(prompts[row], answers[row]) for row in waiting.pop()]
-                    lanes[number] = _new_lane(loaded, batch, max_tokens, on)
+                    batch = [rows[index] for index in waiting.pop()]
+                    lanes[number] = _new_lane(loaded, batch, options, choose, on, prefix)
             # one call for all lanes: mlx bounds the operations under way, so the second of two calls would wait
             mx.eval([lane.advance() for lane in lanes.values()])
             done = sum(lane.collect() for lane in lanes.values())
@@ -148,7 +163,6 @@ def batch_greedy(
             finished += done
             if done and progress is not None:
                 progress(finished, len(prompts))
-    return [_text(loaded, ids) for ids in answers]
 
 
 def _row_groups(lengths: Sequence[int], lanes: int) -> list[list[int]]:
@@ -168,7 +182,7 @@ def _prompt_ids(loaded: LoadedModel, prompt: Sequence[Message] | Ids) -> list[in
     return ids
 
 
-def _text(loaded: LoadedModel, ids: list[int]) -> str:
+def text_of(loaded: LoadedModel, ids: list[int]) -> str:
     """Text of an answer, through the detokenizer that streaming uses."""
     detokenizer = loaded.tokenizer.detokenizer
     for token in ids:
@@ -177,24 +191,32 @@ def _text(loaded: LoadedModel, ids: list[int]) -> str:
     return str(detokenizer.text)
 
 
-Batch = list[tuple[Ids, list[int]]]
-"""Prompts, and the answers to append to."""
-
-
-def _new_lane(loaded: LoadedModel, batch: Batch, max_tokens: int, on: mx.Stream) -> _Lane:
-    caches = _batch_caches(loaded.model, [len(prompt) for prompt, _ in batch])
+def _new_lane(
+    loaded: LoadedModel,
+    batch: list[BatchRow],
+    options: SamplingOptions,
+    choose: Choose,
+    on: mx.Stream,
+    prefix: Prefix | None,
+) -> _Lane:
+    longest = max(len(row.prompt) for row in batch)
+    padding = [longest - len(row.prompt) for row in batch]
+    if prefix is not None:
+        with mx.stream(on):
+            return _BatchLane(loaded, batch, options, choose, on, caches_after(prefix, padding), prefix.length)
+    caches = _batch_caches(loaded.model, padding)
     if caches is None:
-        return _SingleLane(loaded, batch, max_tokens)
-    return _BatchLane(loaded, batch, max_tokens, on, caches)
+        return _SingleLane(loaded, batch, options)
+    return _BatchLane(loaded, batch, options, choose, on, caches)
 
 
 class _Lane:
     """Rows decoded side by side with those of other lanes."""
 
-    def __init__(self, loaded: LoadedModel, batch: Batch, max_tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch: list[BatchRow], options: SamplingOptions) -> None:
         self.loaded = loaded
         self.batch = batch
-        self.max_tokens = max_tokens
+        self.options = options
         self.open_rows = set(range(len(batch)))
 
     @property
@@ -218,25 +240,39 @@ class _SingleLane(_Lane):
         return []
 
     def collect(self) -> int:
-        prompt, answer = self.batch[self.open_rows.pop()]
-        options = SamplingOptions(max_tokens=self.max_tokens)
-        answer += [token.id for token in stream(self.loaded, prompt, options) if token.finish_reason != "stop"]
+        row = self.batch[self.open_rows.pop()]
+        for token in stream(self.loaded, row.prompt, replace(self.options, seed=row.seed)):
+            if token.finish_reason == "stop":
+                row.finish = "stop"
+            else:
+                row.answer.append(token.id)
         return 1
 
 
 class _BatchLane(_Lane):
     """One forward a step for all rows, prompts left-padded; finished rows are dropped now and then."""
 
-    def __init__(self, loaded: LoadedModel, batch: Batch, max_tokens: int, on: mx.Stream, caches: list[Any]) -> None:
-        super().__init__(loaded, batch, max_tokens)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        batch: list[BatchRow],
+        options: SamplingOptions,
+        choose: Choose,
+        on: mx.Stream,
+        caches: Sequence[Any],
+        columns_done: int = 0,
+    ) -> None:
+        """``caches`` hold the first ``columns_done`` columns of the left-padded prompts."""
+        super().__init__(loaded, batch, options)
+        self.choose = choose
         self.on = on
         self.caches = caches
         self.live = list(range(len(batch)))  # the row that each line of the batch belongs to
-        longest = max(len(prompt) for prompt, _ in batch)
+        longest = max(len(row.prompt) for row in batch)
         padded = np.zeros((len(batch), longest), dtype=np.int32)
-        for row, (prompt, _) in enumerate(batch):
-            padded[row, longest - len(prompt) :] = prompt
-        self.prompts = padded[:, :-1]
+        for number, row in enumerate(batch):
+            padded[number, longest - len(row.prompt) :] = row.prompt
+        self.prompts = padded[:, columns_done:-1]
         self.inputs = mx.array(padded[:, -1:])
         self.tokens: mx.array | None = None
 
@@ -250,7 +286,7 @@ class _BatchLane(_Lane):
                 self.prompts = self.prompts[:, width:]
                 return [self.caches[-1].keys, self.caches[-1].values]
             logits = self.loaded.model(self.inputs, cache=self.caches)
-            self.tokens = mx.argmax(logits[:, -1, :], axis=-1)
+            self.tokens = self.choose(logits[:, -1, :], [self.batch[number] for number in self.live])
             return [self.tokens]
 
     def collect(self) -> int:
@@ -263,15 +299,17 @@ class _BatchLane(_Lane):
             self.inputs = self.tokens[:, None]
         return done
 
-    def _take(self, row: int, token: int) -> bool:
+    def _take(self, number: int, token: int) -> bool:
         """Append a token to its row's answer; whether that ended it."""
-        if row not in self.open_rows:
+        if number not in self.open_rows:
             return False
-        answer, ended = self.batch[row][1], token in self.loaded.tokenizer.eos_token_ids
-        if not ended:
-            answer.append(token)
-        if ended or len(answer) == self.max_tokens:
-            self.open_rows.discard(row)
+        row, ended = self.batch[number], token in self.loaded.tokenizer.eos_token_ids
+        if ended:
+            row.finish = "stop"
+        else:
+            row.answer.append(token)
+        if ended or len(row.answer) == self.options.max_tokens:
+            self.open_rows.discard(number)
             return True
         return False
 
@@ -286,15 +324,14 @@ class _BatchLane(_Lane):
             cache.filter(kept)
 
 
-def _batch_caches(model: Any, lengths: Sequence[int]) -> list[Any] | None:
+def _batch_caches(model: Any, padding: Sequence[int]) -> list[Any] | None:
     """Left-padded batch caches for a model whose layers all attend; None for any other state."""
-    padding = [max(lengths) - length for length in lengths]
     caches: list[Any] = []
     for cache in make_prompt_cache(model):
         if type(cache) is KVCache:
-            caches.append(BatchKVCache(padding))
+            caches.append(BatchKVCache(list(padding)))
         elif type(cache) is RotatingKVCache and cache.keep == 0:
-            caches.append(BatchRotatingKVCache(cache.max_size, padding))
+            caches.append(BatchRotatingKVCache(cache.max_size, list(padding)))
         else:
             return None
     return caches

@@ -26,7 +26,7 @@ from localdpo.model.lora import adapters_off
 
 RETAIN_TOKENS = 32
 """Longest answer to keep: what makes an answer the base's own shows in its first words, and every token costs time."""
-CHUNK = 32
+CHUNK = 128
 UNFINISHED = "unfinished"
 
 Counted = Generator[tuple[int, int], None, list[str]]

@@ -40,6 +40,7 @@ from localdpo.train.retain import (
     retain_pairs,
 )
 from localdpo.train.run import ActiveRun
+from localdpo.train.start import Start, reference_of, start_from
 
 CHUNK = 32
 """Pairs scored, or prompts answered, between two signs of life."""
@@ -73,6 +74,7 @@ class Setup:
     retain_rows: list[PromptRow]
     retain_prompts: list[Ids]
     plan: Plan
+    start: Start | None = None
 
 
 @dataclass
@@ -97,6 +99,11 @@ class Session:
         return self.setup.recipe
 
     @property
+    def starts_at_reference(self) -> bool:
+        """Whether the model before the first step is the reference."""
+        return self.setup.start is None or self.recipe.dpo.reference == "init"
+
+    @property
     def loaded(self) -> LoadedModel:
         """The model, with the adapter attached."""
         return self.setup.loaded
@@ -108,6 +115,7 @@ def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
     require_memory_to_load(recipe)
     loaded = load_model(recipe.model, quantize=recipe.quantize, memory=recipe.train.memory)
     info = attach_lora(loaded.model, _lora_settings(recipe))
+    start = start_from(recipe, loaded, info)
     yield ProgressEvent(stage="encode", total=len(inputs.train) + len(inputs.held_out))
     data = recipe.data
     train = _encode(inputs.train, loaded, data.max_length, data.truncation)
@@ -127,7 +135,7 @@ def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
     )
     done = len(train.pairs) + len(held_out.pairs)
     yield ProgressEvent(stage="encode", done=done, total=done, fraction=1.0)
-    return Setup(recipe, inputs, loaded, info, train.pairs, held_out.pairs, retain_rows, retain_prompts, plan)
+    return Setup(recipe, inputs, loaded, info, train.pairs, held_out.pairs, retain_rows, retain_prompts, plan, start)
 
 
 def preflight(recipe: Recipe, inputs: Inputs) -> Plan:
@@ -166,8 +174,9 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
     scorer = yield from _scorer(setup)
     reference = held_out_reference = None
     if not settings.reference_free:
-        cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
-        both = yield from staged("reference", cache.fill(scorer, [*train, *setup.held_out]))
+        judge, fingerprint = reference_of(recipe, setup.start, scorer, loaded)
+        cache = ReferenceCache(cache_dir() / "reference", fingerprint, loaded.device)
+        both = yield from staged("reference", cache.fill(judge, [*train, *setup.held_out]))
         reference = both.rows(np.arange(len(train)))
         held_out_reference = both.rows(np.arange(len(train), len(both.chosen)))
     order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
@@ -249,6 +258,10 @@ def _restore(setup: Setup, run: ActiveRun) -> tuple[Checkpoint | None, list[Warn
     return restored, notes
 
 
+def _probes(setup: Setup) -> list[Ids]:
+    return encode_prompts(setup.inputs.probes, setup.loaded, setup.recipe.data.max_length)[1]
+
+
 def _lora_settings(recipe: Recipe) -> LoraSettings:
     lora = recipe.lora
     return LoraSettings(
@@ -278,7 +291,10 @@ def _expected_answers(train: Sequence[EncodedPair], max_length: int) -> int:
 
 
 def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedPair]]:
-    """The retain rows: those the run was started with, else made from the base's answers."""
+    """The retain rows: those the run was started with, else made from the base's answers.
+
+    The base answers the probes in the same batches: the more rows share a read of the weights, the less each costs.
+    """
     if not setup.retain_rows:
         return []
     if resume and run.retain_file.is_file():
@@ -286,8 +302,11 @@ def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedP
     else:
         answers = yield from staged(
             "retain",
-            base_answers(setup.loaded, setup.retain_prompts, RETAIN_TOKENS, cache_dir() / "answers"),
+            base_answers(
+                setup.loaded, [*setup.retain_prompts, *_probes(setup)], RETAIN_TOKENS, cache_dir() / "answers"
+            ),
         )
+        answers = answers[: len(setup.retain_prompts)]
         pairs = retain_pairs(
             setup.retain_rows,
             answers,
