@@ -115,6 +115,7 @@ class SharedForward:
         self.anatomy = anatomy
         self.trunk: TrunkCache | None = None
         self.cut = 0
+        self._at_hand: dict[str, np.ndarray] = {}
         self._dense = not on_cpu()
         install(model, fast_activations=on_cpu())
 
@@ -135,20 +136,41 @@ class SharedForward:
         self.trunk, self.cut = None, 0
         return False
 
-    def states(self, pairs: Sequence[EncodedPair]) -> list[np.ndarray]:
-        """What enters layer ``cut``, float32 [rows, D] for each pair; computed and kept where it is not known."""
-        assert self.trunk is not None
-        known = {pair.key: self.trunk.get(pair) for pair in pairs}
-        missing = list({pair.key: pair for pair in pairs if known[pair.key] is None}.values())
-        if missing:
-            batch = pack(missing)
-            layers = self.anatomy.layers
-            above = [Skipped(layer) for layer in layers[self.cut :]]
-            hidden = self._body(batch, [*layers[: self.cut], *above], final_norm=False)
-            found = scatter(batch, missing, np.array(hidden.astype(mx.float32)))
+    def prepare(self, groups: Sequence[Sequence[EncodedPair]], streams: Sequence[mx.Stream]) -> None:
+        """Have what enters layer ``cut`` at hand for :meth:`run`, until the next call.
+
+        What the trunk cache does not know is computed, a group on each stream, side by side, and kept there.
+        """
+        if self.trunk is None:
+            return
+        self._at_hand = {
+            pair.key: state for pairs in groups for pair in pairs if (state := self.trunk.get(pair)) is not None
+        }
+        work = []
+        for stream, pairs in zip(streams, groups, strict=False):
+            missing = list({pair.key: pair for pair in pairs if pair.key not in self._at_hand}.values())
+            if missing:
+                with mx.stream(stream):
+                    work.append((missing, *self._below(missing)))
+        mx.eval([hidden for _, _, hidden in work])
+        for missing, batch, hidden in work:
+            found = scatter(batch, missing, np.array(hidden))
             self.trunk.put(missing, found)
-            known |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
-        return [state for pair in pairs if (state := known[pair.key]) is not None]
+            self._at_hand |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
+
+    def _below(self, pairs: Sequence[EncodedPair]) -> tuple[PackedBatch, mx.array]:
+        """Pairs as a batch, and what enters layer ``cut`` for it, float32 [T, D]."""
+        batch = pack(pairs)
+        layers = self.anatomy.layers
+        above = [Skipped(layer) for layer in layers[self.cut :]]
+        hidden = self._body(batch, [*layers[: self.cut], *above], final_norm=False)
+        return batch, hidden.astype(mx.float32)
+
+    def states(self, pairs: Sequence[EncodedPair]) -> list[np.ndarray]:
+        """What enters layer ``cut``, float32 [rows, D] for each pair."""
+        if any(pair.key not in self._at_hand for pair in pairs):
+            self.prepare([pairs], [mx.default_stream(mx.default_device())])
+        return [self._at_hand[pair.key] for pair in pairs]
 
     def run(
         self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False

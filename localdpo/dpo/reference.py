@@ -10,17 +10,25 @@ import sqlite3
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import PairLogps
-from localdpo.dpo.scorer import PairScorer
 
 _CHUNK = 32  # pairs between two commits: what an interruption can cost
 _LOOKUP = 500  # SQLite's oldest limit on parameters is 999
 _BUSY_SECONDS = 10.0
 _SCHEMA = "CREATE TABLE IF NOT EXISTS logps (key TEXT PRIMARY KEY, chosen REAL NOT NULL, rejected REAL NOT NULL)"
+
+
+class ScoresReference(Protocol):
+    """Whoever computes reference log-probs: a scorer, its adapters off, or one with another reference."""
+
+    def reference_logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
+        """Summed log-probs of the pairs under the reference."""
+        ...
 
 
 class ReferenceCache:
@@ -30,7 +38,7 @@ class ReferenceCache:
         """``device`` ("cpu", "gpu") keeps half-precision numbers apart from float32 ones."""
         self.path = folder / f"{fingerprint[:32]}-{device}.sqlite"
 
-    def get(self, scorer: PairScorer, pairs: Sequence[EncodedPair]) -> PairLogps:
+    def get(self, scorer: ScoresReference, pairs: Sequence[EncodedPair]) -> PairLogps:
         """Reference log-probs of ``pairs``, in their order; what is missing is computed and stored."""
         work = self.fill(scorer, pairs)
         while True:
@@ -40,7 +48,9 @@ class ReferenceCache:
                 logps: PairLogps = finished.value
                 return logps
 
-    def fill(self, scorer: PairScorer, pairs: Sequence[EncodedPair]) -> Generator[tuple[int, int], None, PairLogps]:
+    def fill(
+        self, scorer: ScoresReference, pairs: Sequence[EncodedPair]
+    ) -> Generator[tuple[int, int], None, PairLogps]:
         """Like :meth:`get`, yielding (done, total) distinct pairs computed now, before the first and after each chunk.
 
         What was computed is stored before each yield: left there, it is not computed again.

@@ -127,6 +127,7 @@ class PairScorer:
         sums = np.zeros((len(pairs), 2), np.float32)
         with blas_threads_within(1), _evaluating(self.model):
             for round_ in self._rounds(pairs):
+                self._prepare(pairs, round_)
                 results = []
                 for stream, group in zip(self._streams, round_, strict=False):
                     with mx.stream(stream):
@@ -163,6 +164,7 @@ class PairScorer:
         grad: Gradients = {}
         with blas_threads_within(1):
             for round_ in self._rounds(window):
+                self._prepare(window, round_)
                 parts = []
                 for stream, group in zip(self._streams, round_, strict=False):
                     with mx.stream(stream):
@@ -223,6 +225,10 @@ class PairScorer:
             self.model.update(tree_unflatten(list(parameters.items())))  # the trace left its own arrays behind
         grad, last = _in_order(grad, columns)
         return _Part(total, nll, columns, grad, last, tokens)
+
+    def _prepare(self, pairs: Sequence[EncodedPair], groups: list[list[int]]) -> None:
+        if isinstance(self._forward, SharedForward):
+            self._forward.prepare([[pairs[i] for i in group] for group in groups], self._streams)
 
     def _rounds(self, pairs: Sequence[EncodedPair]) -> Iterator[list[list[int]]]:
         """Groups of row indices, one group a stream, longest rounds first."""
