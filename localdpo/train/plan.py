@@ -7,6 +7,7 @@ measured matrix product. This module decides nothing but gradient checkpointing 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil
@@ -37,7 +38,8 @@ class Plan:
     """What a run will do. ``seconds`` is a rough guess at its steps, None where there is nothing to go by.
 
     ``rows`` are preference and retain rows together, the rows of an epoch; ``tokens_per_epoch``
-    counts every prompt once with both answers.
+    counts every prompt once with both answers. ``lengths`` is a histogram of the rows' tokens: the
+    largest length of each bin, all of one width, and how many rows are in it.
     """
 
     model: str
@@ -64,6 +66,7 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
     warnings: tuple[Problem, ...] = ()
     loss: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[tuple[int, int], ...] = ()
 
     @property
     def memory_verdict(self) -> Literal["safe", "tight", "too big", "unknown"]:
@@ -76,6 +79,7 @@ class Plan:
         return plain | {
             "memory": None if self.memory is None else self.memory.to_json(),
             "memory_verdict": self.memory_verdict,
+            "lengths": [list(bin) for bin in self.lengths],
             "skipped": [{"source": row.source, "line": row.line, "reason": row.reason} for row in self.skipped],
             "warnings": [
                 {"where": problem.where, "message": problem.message, "fix": problem.fix} for problem in self.warnings
@@ -143,7 +147,18 @@ def make_plan(
         skipped=tuple(skipped),
         warnings=tuple(warnings),
         loss=recipe.dpo.model_dump(mode="json"),
+        lengths=length_histogram(lengths),
     )
+
+
+def length_histogram(lengths: Sequence[int], most: int = 12) -> tuple[tuple[int, int], ...]:
+    """At most ``most`` bins of one round width (1, 2 or 5 times a power of ten): upper edge, number of rows."""
+    if not lengths:
+        return ()
+    widths = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
+    width = next(width for width in widths if ceil(max(lengths) / width) <= most)
+    counts = Counter(ceil(length / width) for length in lengths)
+    return tuple((number * width, counts[number]) for number in range(min(counts), max(counts) + 1))
 
 
 def require_memory(plan: Plan) -> None:
