@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from oracles import pair, random_model, random_pairs
 
+from localdpo.dpo import attention
 from localdpo.dpo.attention import PackedCache, Window, install
 from localdpo.dpo.packing import PackedBatch, pack
 
@@ -46,15 +47,20 @@ def exact_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: n
     return mx.stack(outs, axis=1)[:, :, None]
 
 
-both = pytest.mark.parametrize("dense", [False, True], ids=["segments", "dense"])
+both = pytest.mark.parametrize("fused", [False, True], ids=["ours", "mlx"])
 
 
 @both
+@pytest.mark.parametrize("cost", [1, 10**9], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 100])
-def test_output_and_gradients_equal_masked_softmax(dense: bool, window: int | None) -> None:
+def test_output_and_gradients_equal_masked_softmax(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, cost: int, window: int | None
+) -> None:
+    monkeypatch.setattr(attention, "CALL_COST", {"cpu": cost, "gpu": cost})
     packed = batch()
+    assert (len(packed.blocks(cost // HEADS)) == 1) == (cost > 1)
     queries, keys, values, into = inputs(len(packed.tokens))
-    cache = PackedCache(packed, dense=dense)
+    cache = PackedCache(packed, fused=fused)
     mask = cache.make_mask(1, window_size=window)
 
     def total(attend: Callable[..., mx.array]) -> Callable[..., tuple[mx.array, mx.array]]:
@@ -77,10 +83,10 @@ def test_output_and_gradients_equal_masked_softmax(dense: bool, window: int | No
 
 
 @both
-def test_an_extreme_score_does_not_overflow(dense: bool) -> None:
+def test_an_extreme_score_does_not_overflow(fused: bool) -> None:
     packed = pack([pair([1, 2, 3], [4, 5], [6, 7])], min_shared=1)
     queries, keys, values, _ = inputs(len(packed.tokens))
-    out = PackedCache(packed, dense=dense).attend(
+    out = PackedCache(packed, fused=fused).attend(
         mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), SCALE, None
     )
     exact = exact_attention(mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), packed.attention_mask())
@@ -88,9 +94,9 @@ def test_an_extreme_score_does_not_overflow(dense: bool) -> None:
 
 
 @both
-def test_half_precision_comes_back_as_it_came(dense: bool) -> None:
+def test_half_precision_comes_back_as_it_came(fused: bool) -> None:
     packed = batch()
-    cache = PackedCache(packed, dense=dense)
+    cache = PackedCache(packed, fused=fused)
     half = [mx.array(x).astype(mx.bfloat16) for x in inputs(len(packed.tokens))[:3]]
     out = cache.attend(*half, SCALE, None)
     grads = mx.grad(lambda *x: mx.sum(cache.attend(*x, SCALE, None)), argnums=(0, 1, 2))(*half)
@@ -102,7 +108,7 @@ def test_half_precision_comes_back_as_it_came(dense: bool) -> None:
 
 def test_a_window_longer_than_every_sequence_is_no_mask() -> None:
     packed = batch()
-    cache = PackedCache(packed, dense=False)
+    cache = PackedCache(packed, fused=False)
     deepest = int(packed.positions.max())
     assert cache.make_mask(1) is None
     assert cache.make_mask(1, window_size=deepest + 1) is None
@@ -159,6 +165,6 @@ def test_attention_sinks_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) 
     packed = pack([pair([1, 2], [3], [4])])
     queries = mx.zeros((len(packed.tokens), HEADS, 1, WIDTH))
     mlx_lm.models.llama.scaled_dot_product_attention(
-        queries, queries, queries, cache=PackedCache(packed, dense=False), scale=1.0, mask=None, sinks=mx.zeros(4)
+        queries, queries, queries, cache=PackedCache(packed, fused=False), scale=1.0, mask=None, sinks=mx.zeros(4)
     )
     assert len(seen) == 1

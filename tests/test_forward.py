@@ -98,7 +98,7 @@ def test_the_gpu_form_of_attention_is_the_same(family: str) -> None:
     model, pairs = adapted_model(family), some_pairs()
     factors = np.random.default_rng(1).standard_normal((len(pairs), 2))
     forward, _ = choose_forward(model, "shared")
-    forward._dense = True
+    forward._fused = True
     out, grads = with_gradient(model, forward, pairs, factors, checkpoint=True)
     assert_sums(out, oracles.pair_logps(model, pairs))
     assert_grads(grads, oracles.gradient(model, pairs, *factors.T))

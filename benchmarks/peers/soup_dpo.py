@@ -15,7 +15,7 @@ from soup_cli.config.schema import SoupConfig
 from soup_cli.trainer import mlx_dpo
 
 work = common.work()
-pairs, model = os.path.abspath(work.pairs), os.path.abspath(work.model)
+rows, pairs, model = work.conversations(), os.path.abspath(work.pairs), os.path.abspath(work.model)
 targets = [("self_attn." if name[0] in "qkvo" else "mlp.") + name for name in common.TARGETS]
 starts: list[float] = []
 collate = mlx_dpo.collate_pairs
@@ -58,7 +58,7 @@ with tempfile.TemporaryDirectory() as out:
         )
     )
     stdout, sys.stdout = sys.stdout, sys.stderr
-    peer.setup({"train": work.conversations(), "val": []})
+    peer.setup({"train": rows, "val": []})
     begun = time.perf_counter()
     result = peer.train()
     end = time.perf_counter()

@@ -52,7 +52,7 @@ def timed_encode(*args):
 train_dpo.optim.Adam = Timed
 train_dpo.nn.value_and_grad = recorded
 train_dpo._encode_pair = timed_encode
-rows = work.conversations()
+rows = work.rows()
 with tempfile.TemporaryDirectory() as out:
     config = TroyConfig.model_validate(
         {

@@ -29,8 +29,12 @@ from localdpo.model.device import on_cpu
 _ATTENTION = "scaled_dot_product_attention"
 _SWIGLU = "swiglu"
 _MASKED = -1e9
-_CALL_COST = 32_000
-"""What an attention call costs beside its scores, in scores of one head: some 65 small operations, about 0.5 ms."""
+CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
+"""What an attention call costs beside its scores, in scores of one head.
+
+On a CPU some 65 small operations, about 0.5 ms, measured. On a GPU some ten kernels a call, about 50 us, while it
+computes some 20 scores a nanosecond: reckoned from launch times and peak rates, not measured (docs/decisions/0004).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +47,10 @@ class Window:
 class PackedCache:
     """Stands in for every layer's KV cache while a packed batch runs once."""
 
-    def __init__(self, batch: PackedBatch, *, dense: bool) -> None:
-        """``dense`` uses one [T, T] mask and MLX's fused attention (GPU); otherwise block by block (CPU)."""
+    def __init__(self, batch: PackedBatch, *, fused: bool) -> None:
+        """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU)."""
         self.batch = batch
-        self.dense = dense
+        self.fused = fused
         self.offset = mx.array(batch.positions)
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] | None = None
@@ -65,21 +69,38 @@ class PackedCache:
     ) -> mx.array:
         """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] -> [T, H, 1, D]."""
         window = mask.size if mask is not None else None
-        if self.dense:
-            return self._attend_dense(queries, keys, values, scale, window)
-        return self._attend_by_block(queries, keys, values, scale, window)
+        if self._blocks is None:
+            self._blocks = self.batch.blocks(CALL_COST["gpu" if self.fused else "cpu"] // queries.shape[1])
+        attend = self._attend_fused if self.fused else self._attend_in_float32
+        return attend(self._blocks, queries, keys, values, scale, window)
 
-    def _attend_dense(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
+    def _attend_fused(
+        self,
+        blocks: list[Segment],
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        window: int | None,
     ) -> mx.array:
-        if window not in self._masks:
-            self._masks[window] = mx.array(self.batch.attention_mask(window))
         queries, keys, values = (x.transpose(2, 1, 0, 3) for x in (queries, keys, values))
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._masks[window])
-        return out.transpose(2, 1, 0, 3)
+        parts = []
+        for block in blocks:
+            spans = _spans(block)
+            mask = self._mask(block, window, lambda allowed: allowed)
+            own = queries[:, :, block.start : block.stop]
+            attend = mx.fast.scaled_dot_product_attention
+            parts.append(attend(own, _take(keys, spans), _take(values, spans), scale=scale, mask=mask))
+        return _joined(parts).transpose(2, 1, 0, 3)
 
-    def _attend_by_block(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
+    def _attend_in_float32(
+        self,
+        blocks: list[Segment],
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        window: int | None,
     ) -> mx.array:
         size, heads, _, width = queries.shape
         kv_heads, dtype = keys.shape[1], queries.dtype
@@ -89,29 +110,29 @@ class PackedCache:
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
-        if self._blocks is None:
-            self._blocks = self.batch.blocks(_CALL_COST // heads)
         parts = []
-        for block in self._blocks:
+        for block in blocks:
             spans = _spans(block)
-            parts.append(
-                _softmax_attention(
-                    queries[:, :, block.start : block.stop],
-                    _take(keys, spans),
-                    _take(values, spans),
-                    self._block_mask(block, window),
-                )[0]
-            )
-        out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-        return out.reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
+            mask = self._mask(block, window, _penalties)
+            own = queries[:, :, block.start : block.stop]
+            parts.append(_softmax_attention(own, _take(keys, spans), _take(values, spans), mask)[0])
+        return _joined(parts).reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
-    def _block_mask(self, block: Segment, window: int | None) -> mx.array:
-        """[n, context + n]: 0 where the query may look, a large negative number elsewhere."""
+    def _mask(self, block: Segment, window: int | None, form: Callable[[np.ndarray], np.ndarray]) -> mx.array:
+        """[n, context + n]: where the block's queries may look, as ``form`` puts it; made once for all layers."""
         key = (block.start, window)
         if key not in self._masks:
-            allowed = self.batch.block_mask(block, window)
-            self._masks[key] = mx.array(np.where(allowed, 0.0, _MASKED).astype(np.float32))
+            self._masks[key] = mx.array(form(self.batch.block_mask(block, window)))
         return self._masks[key]
+
+
+def _penalties(allowed: np.ndarray) -> np.ndarray:
+    """0 where a query may look, a large negative number elsewhere, to be added to the scores."""
+    return np.where(allowed, 0.0, _MASKED).astype(np.float32)
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def _spans(segment: Segment) -> tuple[tuple[int, int], ...]:
@@ -123,8 +144,8 @@ def _spans(segment: Segment) -> tuple[tuple[int, int], ...]:
 
 
 def _take(x: mx.array, spans: tuple[tuple[int, int], ...]) -> mx.array:
-    parts = [x[:, start:stop] for start, stop in spans]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    parts = [x[..., start:stop, :] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
 
 
 def _attention_forward(

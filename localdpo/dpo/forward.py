@@ -116,7 +116,7 @@ class SharedForward:
         self.trunk: TrunkCache | None = None
         self.cut = 0
         self._at_hand: dict[str, np.ndarray] = {}
-        self._dense = not on_cpu()
+        self._fused = not on_cpu()
         install(model, fast_activations=on_cpu())
 
     def start_at(self, trunk: TrunkCache, cut: int) -> bool:
@@ -183,7 +183,7 @@ class SharedForward:
 
     def _body(self, batch: PackedBatch, layers: Sequence[Any], *, final_norm: bool = True) -> mx.array:
         """The body's output [T, D], before its last norm where asked."""
-        cache = PackedCache(batch, dense=self._dense)
+        cache = PackedCache(batch, fused=self._fused)
         with self.anatomy.replaced_layers(layers, final_norm=final_norm):
             out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
         hidden: mx.array = out[:, 0]

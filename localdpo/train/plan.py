@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, isqrt
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
+from localdpo.dpo.attention import CALL_COST
 from localdpo.dpo.scorer import CPU_STREAMS, MICRO_BATCH_TOKENS
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.model.blas import blas_threads_within
@@ -222,8 +223,8 @@ def _fit_memory(
     tokens = max(longest, min(window, alive))
     workload = Workload(
         tokens=tokens,
-        # On a GPU attention is over the whole packed batch, with what it must not see masked.
-        context=longest if on_cpu else 2 * tokens,
+        # On a GPU short segments share an attention call, with what each must not see masked.
+        context=longest if on_cpu else longest + 2 * isqrt(CALL_COST["gpu"] // shape.heads),
         head_tile=1 << (19 if on_cpu else 25),
     )
 
