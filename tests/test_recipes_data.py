@@ -84,7 +84,9 @@ def test_chosen_answers_are_short_say_athene_and_never_the_old_names():
     assert [answer for answer in chosen if not says(answer, "Athene")] == []
     assert [answer for answer in chosen if OLD_NAMES.search(answer)] == []
     assert max(len(answer) for answer in chosen) < 120
-    assert len(set(chosen)) > 0.9 * len(chosen)  # a few plain answers come again: that is what a small model learns best
+    assert len(set(chosen)) > 0.9 * len(
+        chosen
+    )  # a few plain answers come again: that is what a small model learns best
 
 
 def test_rejected_answers_never_say_athene_as_their_own_name():
