@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -27,6 +28,28 @@ def tolerate_narrow_encodings() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def progress_line(what: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Yield what counts per cent of (done, total) on standard error; None where nobody looks."""
+    if quiet or not is_live(sys.stderr):
+        yield None
+        return
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        per_cent = 100 * done // total if total else 100
+        if per_cent != shown:
+            shown = per_cent
+            print(f"\r{what} {per_cent} %", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if shown >= 0:
+            print(f"\r{' ' * (len(what) + 6)}\r", end="", file=sys.stderr, flush=True)
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from localdpo.errors import InputError, Problem, first_problems
 
-__all__ = ["MAX_LINE_BYTES", "ProblemLog", "Progress", "Row", "read_rows"]
+__all__ = ["MAX_LINE_BYTES", "ProblemLog", "Progress", "Row", "check_opening", "parse_object", "read_rows"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the size of the file."""
@@ -105,12 +105,25 @@ def _rows(file: BinaryIO, name: str, size: int, log: ProblemLog, progress: Progr
         progress(offset, size)
 
 
-def _opening(raw: bytes, name: str) -> tuple[bytes, int]:
-    """Return the first line without its byte order mark and where it starts. Raises on UTF-16 and UTF-32."""
+def parse_object(text: str) -> dict[str, Any]:
+    """Return the JSON object that is all of `text`, as strictly as a line is read. Raises `ValueError`, saying why."""
+    value = _parse(text.encode("utf-8", "surrogatepass"), 0)
+    if value is None:
+        raise _RowError("is blank")
+    return value
+
+
+def check_opening(raw: bytes, name: str) -> None:
+    """Raise `InputError` when a file that begins with `raw` is UTF-16 or UTF-32."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in raw[:4]:
         raise InputError(
             Problem(f"{name}:1", "is UTF-16 or UTF-32, not UTF-8 (byte offset 0)", "Save the file as UTF-8")
         )
+
+
+def _opening(raw: bytes, name: str) -> tuple[bytes, int]:
+    """Return the first line without its byte order mark and where it starts. Raises on UTF-16 and UTF-32."""
+    check_opening(raw, name)
     return (raw[len(_UTF8_BOM) :], len(_UTF8_BOM)) if raw.startswith(_UTF8_BOM) else (raw, 0)
 
 

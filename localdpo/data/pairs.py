@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from localdpo.data.fields import Kind, Message, RowFields, blank_prompt
-from localdpo.data.jsonl import ProblemLog, Progress, read_rows
+from localdpo.data.jsonl import ProblemLog, Progress, Row, read_rows
 from localdpo.errors import InputError, Problem, first_problems
 
 __all__ = [
@@ -28,9 +28,12 @@ __all__ = [
     "Skipped",
     "listed",
     "pair_to_json",
+    "parse_pair",
     "prompt_key",
     "read_pairs",
     "read_prompts",
+    "scan_pairs",
+    "take_pair",
 ]
 
 
@@ -71,11 +74,12 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that was left out, and why."""
+    """A row that was left out, and why; `code` is the check's name for that, where it has one."""
 
     source: str
     line: int
     reason: str
+    code: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return str(Problem(f"{self.source}:{self.line}", self.reason))
@@ -92,6 +96,10 @@ class PairFile:
 
 class _Skip(Exception):
     """The row is well-formed but teaches nothing."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 def listed(lines: Sequence[int], limit: int = 10) -> str:
@@ -119,21 +127,42 @@ def read_pairs(path: str | Path, progress: Progress | None = None) -> PairFile:
     pairs: list[PreferencePair] = []
     skipped: list[Skipped] = []
     repeats = _Repeats(str(path))
-    for row in read_rows(path, log, progress):
-        fields = RowFields(row, str(path), log)
-        before = log.total
-        try:
-            pair = _pair(fields)
-        except _Skip as reason:
-            skipped.append(Skipped(str(path), row.line, str(reason)))
-            continue
-        if pair is not None and log.total == before:
-            pairs.append(pair)
-            repeats.add(pair)
+    for row in scan_pairs(path, log, progress):
+        if isinstance(row, Skipped):
+            skipped.append(row)
+        else:
+            pairs.append(row)
+            repeats.add(row)
     log.raise_if_any()
     if not pairs:
         raise _nothing_left(str(path), skipped, "pairs")
     return PairFile(pairs, skipped, repeats.warnings())
+
+
+def parse_pair(row: Row, source: str, log: ProblemLog) -> PreferencePair | Skipped | None:
+    """Return the pair that a row of `source` holds; what was skipped and why; None when its problems are in `log`.
+
+    The row's own object is taken apart.
+    """
+    before = log.total
+    try:
+        pair = _pair(RowFields(row, source, log))
+    except _Skip as skip:
+        return Skipped(source, row.line, str(skip), skip.code)
+    return pair if log.total == before else None
+
+
+def scan_pairs(
+    path: str | Path, log: ProblemLog, progress: Progress | None = None
+) -> Iterator[PreferencePair | Skipped]:
+    """Yield the rows of a file of pairs one at a time: a pair, or a row that teaches nothing.
+
+    Broken rows go to `log` and are passed over. Raises `InputError` when the file cannot be read at all.
+    """
+    for row in read_rows(path, log, progress):
+        pair = parse_pair(row, str(path), log)
+        if pair is not None:
+            yield pair
 
 
 def read_prompts(path: str | Path, progress: Progress | None = None) -> list[PromptRow]:
@@ -171,6 +200,29 @@ def _nothing_left(name: str, skipped: Sequence[Skipped], what: str) -> InputErro
 
 def _pair(fields: RowFields) -> PreferencePair | None:
     """Return the row's pair, None when problems were logged. Raises `_Skip` when it teaches nothing."""
+    pair = _taken(fields)
+    if pair is not None:
+        _skip_if_useless(pair.prompt, pair.chosen, pair.rejected, pair.weight)
+    return pair
+
+
+def take_pair(row: Row, source: str, log: ProblemLog) -> tuple[PreferencePair | None, Skipped | None]:
+    """Return the pair of a row even if it teaches nothing, and then why it would be skipped.
+
+    There is no pair when the row's problems are in `log`. The row's own object is taken apart.
+    """
+    before = log.total
+    pair = _taken(RowFields(row, source, log))
+    if pair is None or log.total > before:
+        return None, None
+    try:
+        _skip_if_useless(pair.prompt, pair.chosen, pair.rejected, pair.weight)
+    except _Skip as skip:
+        return pair, Skipped(source, row.line, str(skip), skip.code)
+    return pair, None
+
+
+def _taken(fields: RowFields) -> PreferencePair | None:
     if not fields.require("chosen", "rejected"):
         return None
     if isinstance(fields.values["chosen"], str) and not fields.require("prompt"):
@@ -186,7 +238,6 @@ def _pair(fields: RowFields) -> PreferencePair | None:
     if parts is None or fields.log.total > before:
         return None
     turns, good, bad = parts
-    _skip_if_useless(turns, good, bad, weight)
     line, source = fields.row.line, fields.name
     return PreferencePair(
         turns, good, bad, identity, tags, weight, kind, tools, dict(fields.values), line=line, source=source
@@ -235,16 +286,16 @@ def _common_length(first: Sequence[Message], second: Sequence[Message]) -> int:
 
 def _skip_if_useless(prompt: Sequence[Message], chosen: str, rejected: str, weight: float) -> None:
     if blank_prompt(prompt):
-        raise _Skip("the prompt is blank")
+        raise _Skip("blank", "the prompt is blank")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
-            raise _Skip(f"the {name} answer is blank")
+            raise _Skip("blank", f"the {name} answer is blank")
     if chosen == rejected:
-        raise _Skip("both answers are the same")
+        raise _Skip("identical", "both answers are the same")
     if chosen.strip() == rejected.strip():
-        raise _Skip("the answers differ only in white space at their ends")
+        raise _Skip("identical", "the answers differ only in white space at their ends")
     if weight == 0:
-        raise _Skip("its weight is 0")
+        raise _Skip("weight_zero", "its weight is 0")
 
 
 @dataclass(slots=True)

@@ -1,0 +1,1 @@
+"""What is wrong with a file of pairs, found before it is trained on."""
