@@ -60,6 +60,9 @@ def evaluate_run(folder: str | Path, pairs_file: str | Path | None = None) -> He
 def _pairs(run: RunFolder, recipe: Recipe, pairs_file: str | Path | None) -> list[PreferencePair]:
     if pairs_file is not None:
         return read_pairs(pairs_file).pairs
+    if run.info().get("imported"):
+        fix = "Name a file of pairs to evaluate on"
+        raise InputError(Problem(str(run.path), "this run was imported, without pairs", fix))
     # What must stay, and what is probed, is no part of this: their files need not exist any more.
     data = recipe.data.model_copy(update={"retain": None, "probes": None})
     held_out = read_inputs(recipe.model_copy(update={"data": data}), copies(run)).held_out

@@ -109,6 +109,24 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
     ),
 )  # fmt: skip
 
+UPSTREAM = {
+    STARTER_NAME: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "gemma2-2b": "google/gemma-2-2b-it",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+"""Hub id of the full-precision original that each model was made from: what PyTorch tools load."""
+
 _BY_NAME = {entry.name: entry for entry in CATALOGUE}
 _BY_HUB_ID = {entry.hub_id: entry for entry in CATALOGUE if entry.hub_id}
 

@@ -53,6 +53,16 @@ def dense_weight(module: nn.Module, start: int = 0, stop: int | None = None) -> 
     return mx.dequantize(weight, module.scales[rows], biases, module.group_size, module.bits, module.mode)
 
 
+def float32_weight(module: nn.Module) -> mx.array:
+    """The dense weight ``[rows, input]`` (experts first in a mixture) in float32, however it is stored.
+
+    What the stored numbers stand for, without the rounding of the dtype that the layer computes in.
+    """
+    if _is_packed(module):
+        return _dequantise(module, module.weight, module.scales, _biases(module, slice(None)))
+    return cast(mx.array, module.weight).astype(mx.float32)
+
+
 def compute_in_float32(model: nn.Module, memory: CpuMemory) -> None:
     """Prepare every layer of ``model``, in place, for float32 products on the CPU.
 

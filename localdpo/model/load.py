@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,43 @@ def load_model(
         quantization=config.get("quantization"),
         memory=used,
     )
+
+
+@dataclass
+class OpenModel:
+    """A model whose weights are still on disk: each array is read when it is computed with, or never.
+
+    For what needs names, shapes or one layer at a time. ``quantized_at_load`` are the bits that an unquantised
+    model is packed into, layer by layer as it is read.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    files: ModelFiles
+    source: ModelSource
+    quantized_at_load: int | None
+
+    @property
+    def spec(self) -> str:
+        """The model as the user named it."""
+        return self.source.spec
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same as that of the loaded model."""
+        return fingerprint(self.files, self.quantized_at_load)
+
+
+def open_model(spec: str, *, quantize: int | None = None, notify: Notify | None = None) -> OpenModel:
+    """Resolve and check a model like :func:`load_model`, and read none of its weights. Raises the same."""
+    source = resolve_model(spec, notify)
+    files = check_model_folder(source.path)
+    model, config = _build(files)
+    added_bits = None if config.get("quantization") else quantize
+    if quantize is not None:
+        config = _quantise(model, config, quantize, str(source.path))
+    model.eval()
+    return OpenModel(model, config, files, source, added_bits)
 
 
 def load_tokenizer(files: ModelFiles) -> TokenizerWrapper:

