@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from localdpo.errors import InputError, Problem
 from localdpo.settings import Finding, Settings, conflict, to_yaml, validate
-from localdpo.yamlfile import KeyPath, read_yaml
+from localdpo.yamlfile import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
     "DPORecipe",
@@ -26,6 +26,7 @@ __all__ = [
     "Recipe",
     "TrainRecipe",
     "Truncation",
+    "check_recipe",
     "dump_recipe",
     "load_recipe",
     "recipe_schema",
@@ -109,6 +110,11 @@ class LoraRecipe(_Section):
     num_layers: Literal["all"] | _Positive = Field(
         default="all", description="How many of the model's last blocks get an adapter: all, or a number."
     )
+    init_from: _File | None = Field(
+        default=None,
+        description="Folder of an adapter to go on from, such as the adapter of an earlier run; null starts with a "
+        "fresh one. It must have the rank, alpha and layers given here. Relative to the recipe.",
+    )
 
 
 class DPORecipe(_Section):
@@ -119,6 +125,11 @@ class DPORecipe(_Section):
         default=0.1,
         gt=0,
         description="How far the model may move from the base: lower values let it move further.",
+    )
+    reference: Literal["base", "init"] = Field(
+        default="base",
+        description="What the model may not move far from: base is the model without an adapter, init the model as "
+        "this run starts, with the adapter of lora.init_from.",
     )
     label_smoothing: float = Field(
         default=0.0,
@@ -193,6 +204,13 @@ class TrainRecipe(_Section):
     save_total_limit: int | None = Field(
         default=2, ge=1, description="How many checkpoints to keep; null keeps all of them."
     )
+    sample_prompts: int = Field(
+        default=2,
+        ge=0,
+        le=16,
+        description="How many prompts of the probes, or of the held-out pairs, the model answers after each epoch, "
+        "to see it change; each takes a second or two. 0 asks for none.",
+    )
     stop_loss: float | None = Field(
         default=None,
         description="Stop when the mean training loss of an epoch falls below this; null never does.",
@@ -254,6 +272,9 @@ def _loss_findings(dpo: DPORecipe) -> list[Finding]:
     if dpo.label_smoothing > 0 and dpo.loss_type not in LABEL_SMOOTHING_LOSSES:
         message = f"is {dpo.label_smoothing}, but the loss {dpo.loss_type} has no label smoothing"
         findings.append(Finding(keys, message, "Set it to 0, or use sigmoid, robust or simpo"))
+    if dpo.reference != "base" and dpo.reference_free:
+        message = f"has no effect on the loss {dpo.loss_type}, which has no reference"
+        findings.append(Finding(("dpo.reference", "dpo.loss_type"), message, "Remove it, or use another loss"))
     if dpo.loss_type != "simpo" and dpo.simpo_gamma != DPORecipe.model_fields["simpo_gamma"].default:
         message = f"has no effect on the loss {dpo.loss_type}"
         findings.append(Finding(("dpo.simpo_gamma", "dpo.loss_type"), message, "Remove it, or use simpo"))
@@ -332,10 +353,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_files:
     override are relative to the current folder, as on any command line. `check_files=False` leaves out
     whether the data files exist. Raises `InputError` with every problem, each with its key and line.
     """
-    settings = _read(Path(path))
+    return _checked(_read(Path(path)), Path(path), overrides, check_files)
+
+
+def check_recipe(text: str, path: str | Path, *, check_files: bool = True) -> Recipe:
+    """`load_recipe` for `text` that would be written to `path`."""
+    return _checked(Settings.of(parse_yaml(text, str(path)), str(path)), Path(path), (), check_files)
+
+
+def _checked(settings: Settings, path: Path, overrides: Sequence[str], check_files: bool) -> Recipe:
     problems = settings.override(overrides)
-    _resolve_paths(settings, Path(path).absolute().parent)
-    settings.values.setdefault("output_dir", f"runs/{Path(path).stem}")
+    _resolve_paths(settings, path.absolute().parent)
+    settings.values.setdefault("output_dir", f"runs/{path.stem}")
     try:
         recipe = validate(Recipe, settings, _SYNONYMS)
     except InputError as error:
@@ -363,6 +392,9 @@ def _resolve_paths(settings: Settings, folder: Path) -> None:
             value = data.get(key)
             if isinstance(value, str) and not (key == "retain" and value == "everyday"):
                 data[key] = _absolute(value, settings, ("data", key), folder)
+    lora = settings.values.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("init_from"), str):
+        lora["init_from"] = _absolute(lora["init_from"], settings, ("lora", "init_from"), folder)
     model = settings.values.get("model")
     if isinstance(model, str) and (model in {".", ".."} or model.startswith(("/", "~", "./", "../"))):
         settings.values["model"] = _absolute(model, settings, ("model",), folder)
@@ -384,6 +416,10 @@ def _missing_files(recipe: Recipe, settings: Settings) -> list[Problem]:
             what = "is a folder, not a file" if file.is_dir() else "there is no such file"
             fix = "Paths in a recipe are relative to its folder"
             problems.append(Problem(settings.where(("data", key)), f"{file}: {what}", fix))
+    start = recipe.lora.init_from
+    if start is not None and not (start / "adapter_config.json").is_file():
+        fix = "Name the adapter folder of a run, such as runs/first/adapter"
+        problems.append(Problem(settings.where(("lora", "init_from")), f"{start}: there is no adapter", fix))
     return problems
 
 

@@ -116,3 +116,16 @@ def test_missing_and_damaged_files_have_what_events_they_have(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\xff\xfe\n[1]\n" + b"[" * 5000 + b"\n" + event_line(StepEvent(step=4)).encode())
     assert [event.step for event in read_events(path).events] == [4]
+
+
+def test_a_long_file_comes_in_pieces(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [event_line(StepEvent(step=step, metrics={"loss": step / 3})) for step in range(1, 40)]
+    path.write_text("".join(lines))
+    for limit in (7, 300, 10**6):
+        steps, offset = [], 0
+        while chunk := read_events(path, offset, limit).events:
+            steps += [event.step for event in chunk]
+            offset = read_events(path, offset, limit).offset
+        assert steps == list(range(1, 40))
+        assert offset == path.stat().st_size

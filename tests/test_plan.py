@@ -13,7 +13,7 @@ from localdpo.model.device import describe_device
 from localdpo.recipe import TrainRecipe
 from localdpo.train.inputs import MIN_PAIRS_TO_SPLIT, originals, read_inputs
 from localdpo.train.loop import plan
-from localdpo.train.plan import require_memory, rows_per_step, total_steps
+from localdpo.train.plan import length_histogram, require_memory, rows_per_step, total_steps
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,25 @@ def test_counts_are_those_of_the_data(root):
     assert made.seconds is not None
     assert 0 < made.seconds < 60
     assert json.loads(json.dumps(made.to_json()))["total_steps"] == 14
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bins"),
+    [
+        ([], ()),
+        ([3, 3, 1], ((1, 1), (2, 0), (3, 2))),
+        ([40, 41, 121], ((40, 1), (60, 1), (80, 0), (100, 0), (120, 0), (140, 1))),
+        ([1000, 9], ((100, 1), *(((n * 100), 0) for n in range(2, 10)), (1000, 1))),
+    ],
+)
+def test_lengths_are_counted_in_round_bins(lengths, bins):
+    assert length_histogram(lengths) == bins
+
+
+def test_the_plan_counts_every_row_of_an_epoch_once(root):
+    made = plan(recipe_for(root, data__retain=root / "keep.jsonl"))
+    assert sum(count for _, count in made.lengths) == 22 + 6
+    assert made.lengths[-1][0] >= made.longest_tokens > made.lengths[-1][0] - made.lengths[0][0]
 
 
 def test_skipped_rows_are_named_with_their_reasons(root, tmp_path):

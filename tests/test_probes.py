@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import collect, of, recipe_for, workspace, write_rows
+from training import collect, losses, of, recipe_for, workspace, write_rows
 
 from localdpo.data.pairs import PromptRow
 from localdpo.errors import InputError
 from localdpo.evaluate.figures import ProbeFigures, says
 from localdpo.evaluate.heldout import evaluate_run
-from localdpo.evaluate.probes import PROBE_TOKENS, closing, probe, rejected_terms, sample
+from localdpo.evaluate.probes import PROBE_TOKENS, closing, glimpse, probe, rejected_terms, sample
 from localdpo.model.load import load_model
-from localdpo.train.events import EvalEvent, ProgressEvent, SampleEvent
+from localdpo.train.events import EvalEvent, ProgressEvent, SampleEvent, StartEvent
 from localdpo.train.run import Control, RunFolder
 
 
@@ -135,6 +135,32 @@ def test_base_and_tuned_answers_are_those_models(root, trained):
     load_adapter(recipe.output_dir / "adapter", loaded)
     assert [s.tuned for s in samples] == batch_greedy(loaded, prompts, PROBE_TOKENS)
     assert [s.tuned for s in samples] != [s.base for s in samples]
+
+
+def test_glimpses_between_epochs_change_nothing(root, tmp_path):
+    """The model answers after each epoch but the last; losses and adapter are those of a run that was left alone."""
+    settings = {"data__probes": root / "probes.jsonl", "lora__dropout": 0.1, "train__num_train_epochs": 3.0}
+    seen = collect(recipe_for(root, output_dir=tmp_path / "seen", **settings), closing=closing, glimpse=glimpse)
+    alone = collect(recipe_for(root, output_dir=tmp_path / "alone", **settings))
+    samples = of(seen, SampleEvent)
+    glimpses = [event for event in samples if not event.final]
+    epoch = of(seen, StartEvent)[0].steps_per_epoch
+    assert [event.step for event in glimpses] == [epoch, epoch, 2 * epoch, 2 * epoch]
+    assert all(event.tuned for event in glimpses)
+    assert losses(seen) == losses(alone)
+    assert (tmp_path / "seen/adapter/adapters.safetensors").read_bytes() == (
+        tmp_path / "alone/adapter/adapters.safetensors"
+    ).read_bytes()
+    run = RunFolder(tmp_path / "seen")
+    assert run.samples() == [event for event in samples if event.final]
+    assert [event for event in run.events().events if isinstance(event, SampleEvent)] == samples
+
+
+def test_glimpses_of_held_out_prompts_and_none(root, tmp_path):
+    held_out = collect(recipe_for(root, output_dir=tmp_path / "a"), glimpse=glimpse)
+    assert len(of(held_out, SampleEvent)) == 2
+    none = collect(recipe_for(root, output_dir=tmp_path / "b", train__sample_prompts=0), glimpse=glimpse)
+    assert of(none, SampleEvent) == []
 
 
 def test_without_probes_there_is_nothing_to_close(root, tmp_path):

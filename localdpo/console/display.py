@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol, TextIO
 
 from localdpo.console import preflight
-from localdpo.console.results import closing_lines, closing_table
+from localdpo.console.results import closing_lines, closing_table, glimpse_line
 from localdpo.console.terminal import duration_text, is_live, sparkline, width
 from localdpo.text import sanitise
 from localdpo.train.events import (
@@ -30,6 +30,9 @@ from localdpo.train.events import (
 
 STAGES = {
     "read": "reading the pairs",
+    "answers": "answering the prompts",
+    "rewrites": "rewriting the answers",
+    "verdicts": "judging the answers",
     "load": "loading the model",
     "encode": "encoding the pairs",
     "retain": "asking the base model what to retain",
@@ -180,6 +183,8 @@ class PlainDisplay:
                 if event.step % every == 0 or event.step in (1, event.total_steps):
                     head = f"step {event.step}/{event.total_steps}"
                     return [f"{head}  {metrics_text(event.metrics)}  {pace_text(event)}"]
+            case SampleEvent(final=False):
+                return [glimpse_line(event)]
             case SampleEvent():
                 self._samples.append(event)
             case EndEvent():
@@ -228,6 +233,8 @@ class LiveDisplay:
                 self._step(event)
             case CheckpointEvent():
                 return  # of use in a log, noise on a screen
+            case SampleEvent(final=False):
+                self.notice(glimpse_line(event))
             case SampleEvent():
                 self._samples.append(event)
             case EndEvent():

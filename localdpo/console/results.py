@@ -61,6 +61,12 @@ def closing_lines(samples: Sequence[SampleEvent], end: EndEvent) -> list[str]:
     return [*lines, *_left_out(samples, rows), *end_lines(end)]
 
 
+def glimpse_line(sample: SampleEvent) -> str:
+    """Return what the model says by now to a prompt, in a line."""
+    mark = _mark(sample.tuned_right)
+    return f"  after step {sample.step}: {_cell(sample.prompt[-1]['content'])} {mark}{_cell(sample.tuned)}"
+
+
 def closing_table(samples: Sequence[SampleEvent], end: EndEvent, width: int) -> Iterable[Any]:
     """Yield what a terminal of ``width`` columns is shown: a table where it fits, and lines."""
     if width < 60 or not samples:

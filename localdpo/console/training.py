@@ -56,10 +56,10 @@ def _train(recipe: Recipe, resume: bool, display: Display, again: str) -> int:
         display.leave(f"left at once; go on from the last checkpoint with: {again}")
 
     with StopSignals(on_stop, on_leave) as signals:
-        from localdpo.evaluate.probes import closing
+        from localdpo.evaluate.probes import closing, glimpse
         from localdpo.train.loop import train
 
-        for event in train(recipe, resume=resume, control=control, closing=closing):
+        for event in train(recipe, resume=resume, control=control, closing=closing, glimpse=glimpse):
             display.show(event)
             if isinstance(event, EndEvent):
                 end = event

@@ -6,7 +6,8 @@ samples; ``figures`` counts them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from localdpo.data.encode import Ids
@@ -17,7 +18,7 @@ from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
 from localdpo.train.retain import CHUNK, RETAIN_TOKENS, base_answers, encode_prompts, messages_of
-from localdpo.train.session import Session
+from localdpo.train.session import Session, staged
 
 PROBE_TOKENS = RETAIN_TOKENS
 """Longest answer to a probe: enough to say a name or a fact. As long as a retain answer, so that the base gives both
@@ -31,6 +32,26 @@ def closing(session: Session) -> Generator[Event, None, Mapping[str, Any]]:
         return {}
     figures = yield from probe(session.loaded, rows, max_length=session.recipe.data.max_length, step=session.state.step)
     return figures.to_json()
+
+
+def glimpse(session: Session) -> Iterator[Event]:
+    """Show what the model says by now to the first few probes, or held-out prompts, beside what the base said."""
+    inputs, count = session.setup.inputs, session.recipe.train.sample_prompts
+    rows = inputs.probes or [PromptRow(prompt=pair.prompt, tags=pair.tags) for pair in inputs.held_out]
+    kept, prompts, _ = encode_prompts(rows[:count], session.loaded, session.recipe.data.max_length)
+    if not prompts:
+        return
+    step, model = session.state.step, session.loaded.model
+    model.eval()
+    try:
+        base = yield from staged(
+            "samples", base_answers(session.loaded, prompts, PROBE_TOKENS, cache_dir() / "answers"), step
+        )
+        now = batch_greedy(session.loaded, prompts, PROBE_TOKENS)
+    finally:
+        model.train()
+    for row, before, after in zip(kept, base, now, strict=True):
+        yield replace(sample(row, before, after, step), final=False)
 
 
 def probe(

@@ -88,8 +88,8 @@ class EvalEvent(Event):
 class SampleEvent(Event):
     """The base's and the tuned model's answers to one probe prompt (chat messages).
 
-    ``base_right`` and ``tuned_right`` say whether an accepted answer was found, None where the
-    probe lists none.
+    ``final`` is false for a glimpse of a model that was still training. ``base_right`` and
+    ``tuned_right`` say whether an accepted answer was found, None where the probe lists none.
     """
 
     kind: ClassVar[str] = "sample"
@@ -100,6 +100,7 @@ class SampleEvent(Event):
     accept: list[str] = field(default_factory=list)
     base_right: bool | None = None
     tuned_right: bool | None = None
+    final: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,17 +216,20 @@ class EventChunk(NamedTuple):
     restarted: bool = False
 
 
-def read_events(path: Path, offset: int = 0) -> EventChunk:
+def read_events(path: Path, offset: int = 0, limit: int = -1) -> EventChunk:
     """The events after ``offset`` of a file that may be growing; a line being written is left for later.
 
-    Lines that are not events of a known kind are passed over. A missing file has no events.
+    With a ``limit`` (bytes) a long file comes in pieces: read on until nothing comes. Lines that are
+    not events of a known kind are passed over. A missing file has no events.
     """
     try:
         with path.open("rb") as file:
             if offset > file.seek(0, 2):
-                return read_events(path)._replace(restarted=True)
+                return read_events(path, 0, limit)._replace(restarted=True)
             file.seek(offset)
-            data = file.read()
+            data = file.read(limit)
+            if limit > 0 and len(data) == limit and b"\n" not in data:
+                data += file.readline()
     except FileNotFoundError:
         return EventChunk([], 0, offset > 0)
     lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
@@ -234,7 +238,7 @@ def read_events(path: Path, offset: int = 0) -> EventChunk:
         parsed = _parse(line)
         if parsed is None and number == 0 and offset:
             # Cut back and grown past our offset between two reads: we are in the middle of a line.
-            return read_events(path)._replace(restarted=True)
+            return read_events(path, 0, limit)._replace(restarted=True)
         event = event_from_json(parsed) if parsed else None
         if event is not None:
             events.append(event)

@@ -17,6 +17,7 @@ from localdpo.recipe import DataRecipe, Recipe
 from localdpo.train.snapshot import DataFile
 
 EVERYDAY = "everyday.jsonl"
+_START = "lora.init_from"
 MIN_PAIRS_TO_SPLIT = 20
 """With fewer pairs a fraction holds out none: two pairs measure nothing, and two less to learn from hurt."""
 
@@ -46,6 +47,13 @@ def originals(data: DataRecipe) -> dict[str, DataFile]:
     return {key: DataFile.of(key, path) for key, path in data_paths(data).items() if path.is_file()}
 
 
+def starting_files(recipe: Recipe) -> dict[str, DataFile]:
+    """The weights of the adapter that a run goes on from, if it does and they are there."""
+    folder = recipe.lora.init_from
+    weights = None if folder is None else folder / "adapters.safetensors"
+    return {} if weights is None or not weights.is_file() else {_START: DataFile.of(_START, weights)}
+
+
 def read_inputs(recipe: Recipe, copies: Mapping[str, Path] | None = None) -> Inputs:
     """Read all data of a recipe; ``copies`` (by key) are read in place of the originals.
 
@@ -54,6 +62,7 @@ def read_inputs(recipe: Recipe, copies: Mapping[str, Path] | None = None) -> Inp
     """
     data, paths = recipe.data, data_paths(recipe.data)
     files = {key: DataFile.of(key, path) for key, path in paths.items() if key not in (copies or {})}
+    files |= starting_files(recipe)
     pairs = _pairs(paths["data.train"], (copies or {}).get("data.train"))
     warnings, skipped = list(pairs.warnings), list(pairs.skipped)
     if "data.eval" in paths:

@@ -36,7 +36,7 @@ from localdpo.train.events import (
     StepEvent,
     WarningEvent,
 )
-from localdpo.train.inputs import originals, read_inputs
+from localdpo.train.inputs import originals, read_inputs, starting_files
 from localdpo.train.monitor import Scores, held_out_metrics, row_metrics
 from localdpo.train.optimizer import global_norm, learning_rate_at, require_finite
 from localdpo.train.plan import Plan
@@ -47,6 +47,8 @@ from localdpo.train.snapshot import Opened, copies, open_again, open_new
 Figures = Mapping[str, Any]
 Closing = Callable[[Session], Generator[Event, None, Figures]]
 """What to do with the tuned model before the run ends: yields events, returns the closing figures."""
+Glimpse = Callable[[Session], Iterator[Event]]
+"""What to show of the model between two epochs; it leaves the model and every random state as they were."""
 
 _MESSAGES = {
     "finished": "All {total} steps are done; the adapter is that of step {adapter}.",
@@ -65,18 +67,20 @@ def train(
     resume: bool = False,
     control: Control | None = None,
     closing: Closing | None = None,
+    glimpse: Glimpse | None = None,
 ) -> Iterator[Event]:
     """Train the adapter of ``recipe`` into its run folder, yielding an event for all that happens.
 
     The last event is an ``EndEvent``; its adapter folder is loadable by mlx-lm. ``control`` (or the
-    run's control file) asks for a pause or a stop, which take effect after the step. With
+    run's control file) asks for a pause or a stop, which take effect after the step. ``glimpse`` is
+    called after each epoch but the last, ``closing`` at the end. With
     ``resume`` a run goes on from its newest whole checkpoint to the bits it would have had without
     the interruption. Raises InputError, EnvironmentFault, and DivergedError after the end event.
     """
     started = time.monotonic()
     control = control or Control()
     yield ProgressEvent(stage="read", detail=str(recipe.data.train))
-    opened, work = _open(recipe, resume, closing, control, started)
+    opened, work = _open(recipe, resume, closing, glimpse, control, started)
     with opened.run as run:
         try:
             for event in work:
@@ -106,11 +110,16 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _open(
-    recipe: Recipe, resume: bool, closing: Closing | None, control: Control, started: float
+    recipe: Recipe,
+    resume: bool,
+    closing: Closing | None,
+    glimpse: Glimpse | None,
+    control: Control,
+    started: float,
 ) -> tuple[Opened, Iterator[Event]]:
     """The run folder with its lock taken, and the work to do in it."""
     if resume:
-        opened = open_again(recipe, originals(recipe.data))
+        opened = open_again(recipe, originals(recipe.data) | starting_files(recipe))
     else:
         inputs = read_inputs(recipe)
         opened = open_new(recipe, inputs.files)
@@ -123,13 +132,13 @@ def _open(
         data = read_inputs(recipe, copies(run)) if resume else inputs
         setup = yield from set_up(recipe, data)
         session = yield from begin(setup, run, resume=resume)
-        reason = yield from fit(session, control)
+        reason = yield from fit(session, control, glimpse)
         yield from finish(session, reason, closing, control, started)
 
     return opened, work()
 
 
-def fit(session: Session, control: Control) -> Stage[str]:
+def fit(session: Session, control: Control, glimpse: Glimpse | None = None) -> Stage[str]:
     """Steps, evaluations and checkpoints until a reason to end: finished, stop_loss, early_stopping, stopped."""
     run, recipe = session.run, session.recipe.train
     run.set_status(state="training", step=session.state.step, total_steps=session.state.total_steps)
@@ -145,6 +154,8 @@ def fit(session: Session, control: Control) -> Stage[str]:
         improved = False
         if _due(session, recipe.eval_steps) or event.step == event.total_steps:
             improved = yield from evaluate(session)
+        if glimpse is not None and session.state.position.window == 0 and event.step < event.total_steps:
+            yield from glimpse(session)
         request, reason = run.poll(control), stop_reason(session)
         if improved or reason or request != "resume" or _due(session, recipe.save_steps):
             yield from save(session)
@@ -216,8 +227,7 @@ def evaluate(session: Session) -> Stage[bool]:
     pairs, state = session.setup.held_out, session.state
     if not pairs:
         return False
-    if state.step == 0 and session.held_out_reference is not None:
-        # B is 0: the policy is the reference.
+    if state.step == 0 and session.held_out_reference is not None and session.starts_at_reference:
         policy = session.held_out_reference
     else:
         policy = yield from staged("evaluate", _scores(session), state.step)

@@ -130,9 +130,9 @@ class RunFolder:
             return replace(status, state="interrupted", eta_seconds=None)
         return status
 
-    def events(self, offset: int = 0) -> EventChunk:
+    def events(self, offset: int = 0, limit: int = -1) -> EventChunk:
         """The events after byte ``offset`` of metrics.jsonl; see :func:`read_events`."""
-        return read_events(self.metrics_file, offset)
+        return read_events(self.metrics_file, offset, limit)
 
     def samples(self) -> list[SampleEvent]:
         """The probe answers of a finished run."""
@@ -205,7 +205,7 @@ class ActiveRun(RunFolder):
         return self._metrics.tell()
 
     def log(self, event: Event) -> None:
-        """Append an event to metrics.jsonl (samples to samples.jsonl too); progress goes to the status alone.
+        """Append an event to metrics.jsonl (final samples to samples.jsonl too); progress goes to the status alone.
 
         One write a line, so a reader never meets half a line that stays half. Raises EnvironmentFault.
         """
@@ -216,7 +216,7 @@ class ActiveRun(RunFolder):
         with environment_faults(self.metrics_file):
             self._metrics.write(line)
             self._metrics.flush()
-            if isinstance(event, SampleEvent):
+            if isinstance(event, SampleEvent) and event.final:
                 with self.samples_file.open("ab") as samples:
                     samples.write(line)
 
