@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -20,7 +21,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import psutil
 
@@ -28,6 +29,7 @@ from localdpo.errors import EnvironmentFault, Problem
 
 __all__ = [
     "MANIFEST",
+    "atomic_file",
     "atomic_folder",
     "atomic_write",
     "environment_faults",
@@ -151,6 +153,61 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a file to write piece by piece; when the block ends well, it becomes `path`, as by `atomic_write`.
+
+    For what need not fit into memory: what is read back is compared by its sha256. When the block raises, nothing at
+    `path` changes. Raises `EnvironmentFault`.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = _temporary_sibling(target)
+    with environment_faults(target):
+        _remove_leftovers(target)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(fd, "wb") as file:
+            hashing = _Hashing(file)
+            with environment_faults(target):
+                yield cast(BinaryIO, hashing)
+                file.flush()
+                _sync(fd)
+        with environment_faults(target):
+            if sha256_file(temporary) != hashing.digest.hexdigest():
+                raise OSError(errno.EIO, "What was read back differs from what was written", str(temporary))
+            with suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+            os.replace(temporary, target)
+            _sync_folder(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class _Hashing(io.RawIOBase):
+    """A file open for writing that takes the sha256 of what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._size = 0
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _write_verified(path: Path, payload: bytes) -> None:
