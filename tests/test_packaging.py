@@ -88,7 +88,7 @@ def test_init_again_leaves_what_is_there(python: Path, tmp_path: Path):
 def test_the_console_script_is_declared(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "localdpo = localdpo.cli:main" in archive.read(name).decode()
+        assert "localdpo = localdpo.__main__:main" in archive.read(name).decode()
 
 
 @pytest.mark.slow

@@ -1,0 +1,212 @@
+"""How fast the terminal UI is there and gone, what it weighs, and whether it ever stalls.
+
+    python benchmarks/tui_start.py [--rows 50000] [--runs 5] [--json]
+
+Each program runs in a tmux of its own at 120x36. *ready* is the time from the start of the process until its mark is
+on the screen, polled every 8 ms; *RSS* is the memory of its process tree three seconds later; *quit* is the time from
+its quit key until the process is gone. The first run warms the caches and is not counted; medians of the others are
+given. Beside localdpo: a bare Textual app (the floor), and harlequin and posting where they are installed.
+
+*Stall* is the longest time in which the UI's event loop did not answer, measured inside the app by a task that wakes
+every 5 ms, while the keys below scroll and search a file of `--rows` pairs: it needs no tmux. Budgets: ready 500 ms,
+60 MB, quit 400 ms, stall 50 ms, on an idle machine with two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+BARE = """
+from textual.app import App
+from textual.widgets import Static
+class Bare(App):
+    def compose(self):
+        yield Static("a bare app")
+Bare().run()
+"""
+POLL_SECONDS = 0.008
+SETTLE_SECONDS = 3.0
+DEADLINE = 120.0
+
+
+@dataclass(frozen=True)
+class Program:
+    name: str
+    command: list[str]
+    mark: str
+    quit_key: str = "C-q"
+
+
+@dataclass(frozen=True)
+class Start:
+    ready_ms: float
+    rss_mb: float
+    quit_ms: float
+
+
+class Terminal:
+    """A tmux server of its own; nothing of the user's is touched."""
+
+    def __init__(self) -> None:
+        self._socket = f"localdpo-bench-{uuid.uuid4().hex[:8]}"
+
+    def tmux(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["tmux", "-L", self._socket, *words], capture_output=True, text=True, check=False)
+
+    def measure(self, program: Program) -> Start:
+        line = "exec " + shlex.join(program.command)
+        begin = time.perf_counter()
+        self.tmux("new-session", "-d", "-s", "one", "-x", "120", "-y", "36", line)
+        while not re.search(program.mark, self.tmux("capture-pane", "-p", "-t", "one").stdout):
+            if time.perf_counter() - begin > DEADLINE:
+                raise SystemExit(f"{program.name} never showed {program.mark!r}")
+            time.sleep(POLL_SECONDS)
+        ready = time.perf_counter() - begin
+        time.sleep(SETTLE_SECONDS)
+        pid = int(self.tmux("display-message", "-p", "-t", "one", "#{pane_pid}").stdout)
+        tree = psutil.Process(pid)
+        rss = sum(process.memory_info().rss for process in (tree, *tree.children(recursive=True)))
+        begin = time.perf_counter()
+        self.tmux("send-keys", "-t", "one", program.quit_key)
+        while self.tmux("has-session", "-t", "one").returncode == 0:
+            if time.perf_counter() - begin > DEADLINE:
+                self.tmux("kill-server")
+                raise SystemExit(f"{program.name} does not quit")
+            time.sleep(POLL_SECONDS)
+        return Start(1000 * ready, rss / 1e6, 1000 * (time.perf_counter() - begin))
+
+
+def programs(small: Path, large: Path) -> Iterator[Program]:
+    python = sys.executable
+    yield Program("bare Textual", [python, "-c", BARE], "a bare app")
+    yield Program("localdpo, 76 pairs", [python, "-m", "localdpo", "tui", str(small)], "What is your name")
+    yield Program(f"localdpo, {large.name}", [python, "-m", "localdpo", "tui", str(large)], "fox|river|stars")
+    if shutil.which("harlequin"):
+        yield Program("harlequin", ["harlequin"], "Query Editor|Run Query")
+    if shutil.which("posting"):
+        yield Program("posting", ["posting"], "Collection", "C-c")
+
+
+@contextmanager
+def workspaces(rows: int) -> Iterator[tuple[Path, Path]]:
+    """Make a small and a large workspace in a folder that goes away again."""
+    with tempfile.TemporaryDirectory(prefix="localdpo-bench-") as name:
+        small, large = Path(name) / "example", Path(name) / f"{rows:,} pairs"
+        for folder in (small, large):
+            (folder / "pairs").mkdir(parents=True)
+        shutil.copy(ROOT / "recipes" / "athene.jsonl", small / "pairs")
+        words = "the quick fox follows a river below distant stars and sleeps near an old stone bridge"
+        pick = random.Random(0)
+        with (large / "pairs" / "big.jsonl").open("w", encoding="utf-8") as file:
+            for number in range(rows):
+                texts = [" ".join(pick.choices(words.split(), k=pick.randint(5, 60))) for _ in range(3)]
+                row = {"prompt": f"{number} {texts[0]}", "chosen": texts[1], "rejected": texts[2]}
+                file.write(json.dumps(row) + "\n")
+        yield small, large
+
+
+async def longest_stall(folder: Path, rows: int) -> dict[str, float]:
+    """Return the longest silence of the event loop in each phase, in ms."""
+    from localdpo_tui.app import LocalDPOApp
+    from localdpo_tui.places.pairs import PairsPlace
+    from textual.widgets import Input
+
+    worst: dict[str, float] = {}
+    phase = "open"
+
+    async def watch() -> None:
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.005)
+            now = time.perf_counter()
+            worst[phase] = max(worst.get(phase, 0.0), 1000 * (now - last - 0.005))
+            last = now
+
+    app = LocalDPOApp(folder)
+    async with app.run_test(size=(120, 36)) as pilot:
+        place = app.screen
+        assert isinstance(place, PairsPlace)
+        watcher = asyncio.create_task(watch())
+        while place.store is None or len(place.rows.keys) < rows:
+            await asyncio.sleep(0.02)
+        phase = "scroll while indexing"
+        await pilot.press(*["pagedown"] * 30, "end", "home", *["down"] * 60)
+        phase = "index"
+        while not await asyncio.to_thread(place.store.build_index):
+            await asyncio.sleep(0.02)
+        phase = "scroll"
+        await pilot.press(*["pagedown"] * 60, "end", *["pageup"] * 30, "home")
+        phase = "search"
+        await pilot.press("slash", *"old stone")
+        while not 0 < len(place.rows.keys) < rows:
+            await asyncio.sleep(0.02)
+        place.query_one(Input).value = ""
+        while len(place.rows.keys) < rows:
+            await asyncio.sleep(0.02)
+        phase = "edit"
+        await pilot.press("down", "enter")
+        await pilot.pause(0.3)
+        await pilot.press(*"typing on", "escape", "ctrl+z", "delete", "ctrl+z")
+        watcher.cancel()
+        place.store.discard()
+        place.close()
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000, help="pairs in the large file")
+    parser.add_argument("--runs", type=int, default=5, help="counted starts of each program")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tui"), os.environ.get("PYTHONPATH", "")])
+    sys.path[:0] = [str(ROOT), str(ROOT / "tui")]
+    figures: dict[str, dict[str, float]] = {}
+    with workspaces(options.rows) as (small, large), tempfile.TemporaryDirectory() as config:
+        os.environ["LOCALDPO_CONFIG"] = config
+        if shutil.which("tmux"):
+            terminal = Terminal()
+            for program in programs(small, large):
+                starts = [terminal.measure(program) for _ in range(options.runs + 1)][1:]
+                names = asdict(starts[0])
+                figures[program.name] = {
+                    name: round(statistics.median(asdict(start)[name] for start in starts), 1) for name in names
+                }
+        else:
+            print("tmux is not installed: only stalls are measured", file=sys.stderr)
+        stalls = asyncio.run(longest_stall(large, options.rows))
+    load = os.getloadavg()[0]
+    if options.json:
+        print(json.dumps({"starts": figures, "stalls_ms": stalls, "load": load}, indent=2))
+        return
+    print(f"{'':24} {'ready ms':>9} {'RSS MB':>7} {'quit ms':>8}")
+    for name, row in figures.items():
+        print(f"{name:24} {row['ready_ms']:9.0f} {row['rss_mb']:7.0f} {row['quit_ms']:8.0f}")
+    print("\nlongest stall of the event loop, ms, with " + f"{options.rows:,} pairs")
+    for name, value in stalls.items():
+        print(f"{name:24} {value:9.1f}")
+    print(f"\nload average {load:.1f}: figures mean something below 0.5")
+
+
+if __name__ == "__main__":
+    main()

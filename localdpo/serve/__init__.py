@@ -1,0 +1,1 @@
+"""A model as a service: to the terminal UI over stdio, to other programs over HTTP."""

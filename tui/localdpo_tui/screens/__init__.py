@@ -1,0 +1,1 @@
+"""Dialogs and flows that lie on top of a place."""
