@@ -55,18 +55,18 @@ def test_the_recipe_table_has_existing_keys_and_true_defaults():
 
 def test_every_command_of_the_table_exists():
     documented = {
-        re.match(r"`localdpo (\w+)", row[0]).group(1) for row in table_after("## Commands") if "`localdpo" in row[0]
+        re.match(r"`localdpo ([\w-]+)", row[0]).group(1) for row in table_after("## Commands") if "`localdpo" in row[0]
     }  # type: ignore[union-attr]
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     assert documented == names | {group.name for group in app.registered_groups}
 
 
 def test_options_named_in_the_commands_table_exist():
     for cell, text, *_ in table_after("## Commands"):
-        command = re.match(r"`localdpo (\w+)", cell)
+        command = re.match(r"`localdpo ([\w-]+)", cell)
         if command:
             shown = CliRunner().invoke(app, [command.group(1), "--help"]).stdout
-            for option in re.findall(r"(--?[a-z-]+)", text):
+            for option in re.findall(r"(?<!\w)(--?[a-z-]+)", text):
                 assert option in shown, f"{command.group(1)} {option}"
 
 

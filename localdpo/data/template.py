@@ -27,6 +27,8 @@ __all__ = ["check_template"]
 _CHECKER = 1  # raise it when the child checks more: verdicts of older versions then count no more
 _MAX_TEMPLATE = 1_000_000
 _POLL_SECONDS = 0.05
+_PATIENCE = 12
+"""How many times its time a template may take by the clock: templates compute and never wait, but machines are busy."""
 _CHILD = Path(__file__).with_name("template_child.py")
 _FIX = "Use another version of this model, or put a template you trust into its chat_template.jinja"
 _MESSAGES = {
@@ -44,7 +46,7 @@ def check_template(
 ) -> None:
     """Render `template` in a child process and raise `InputError` if it hangs, bloats, or is not a template.
 
-    `where` names the model in the error. A template that passed is remembered in the cache folder by its
+    `where` names the model in the error; `seconds` are of processor time. A template that passed is remembered in the cache folder by its
     hash, so that the check costs nothing the next time.
     """
     if len(template) > _MAX_TEMPLATE:
@@ -83,22 +85,24 @@ def _try(template: str, seconds: float, memory_bytes: int) -> dict[str, Any]:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
         try:
-            return _watch(child, request, time.monotonic() + seconds, memory_bytes)
+            return _watch(child, request, seconds, memory_bytes)
         finally:
             child.kill()
 
 
-def _watch(child: subprocess.Popen[str], request: str, deadline: float, memory_bytes: int) -> dict[str, Any]:
+def _watch(child: subprocess.Popen[str], request: str, seconds: float, memory_bytes: int) -> dict[str, Any]:
     waiting: str | None = request
+    deadline = time.monotonic() + _PATIENCE * seconds
     while True:
         try:
             answer, _ = child.communicate(waiting, timeout=_POLL_SECONDS)
             break
         except subprocess.TimeoutExpired:
             waiting = None  # it is sent only once
-        if time.monotonic() > deadline:
+        used, resident = _usage(child.pid)
+        if used > seconds or time.monotonic() > deadline:
             return {"verdict": "time"}
-        if _resident(child.pid) > memory_bytes:
+        if resident > memory_bytes:
             return {"verdict": "memory"}
     try:
         verdict = json.loads(answer)
@@ -109,8 +113,11 @@ def _watch(child: subprocess.Popen[str], request: str, deadline: float, memory_b
     )
 
 
-def _resident(pid: int) -> int:
+def _usage(pid: int) -> tuple[float, int]:
+    """Processor seconds and bytes of memory that a process has used so far."""
     try:
-        return int(psutil.Process(pid).memory_info().rss)
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return times.user + times.system, int(process.memory_info().rss)
     except psutil.Error:
-        return 0
+        return 0.0, 0
