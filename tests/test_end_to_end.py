@@ -83,7 +83,9 @@ def test_training_prints_its_events_and_nothing_else(trained: tuple[Path, list[d
     assert kinds[0] == "start"
     assert kinds[-1] == "end"
     assert [event["step"] for event in printed if event["event"] == "step"] == [1, 2, 3]
-    assert kinds.count("sample") == 2
+    finals = [event["final"] for event in printed if event["event"] == "sample"]
+    assert finals.count(True) == 2
+    assert finals.count(False) % 2 == 0  # both probes between epochs
     written = events((folder / "run" / "metrics.jsonl").read_text())
     assert written == [event for event in printed if event["event"] != "progress"]
     assert all({"event", "step", "time"} <= set(event) for event in printed)

@@ -24,6 +24,9 @@ from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 PATHS = {family: "plain" if family in ("gemma2", "lfm2") else "shared" for family in FAMILIES}
 REASONS = {"gemma2": "differs by", "lfm2": "TypeError"}
 TOLERANCE = 1e-5
+GRAD_TOLERANCES = {"gemma4_text": 2e-5}
+"""Its per-layer gates lose more in float32: mlx-lm's own rows, one at a time, are 7e-6 to 1.2e-5 from float64,
+depending on how BLAS splits a product."""
 
 
 def some_pairs() -> list[EncodedPair]:
@@ -90,7 +93,7 @@ def test_every_family_equals_one_sequence_at_a_time(family: str) -> None:
         for checkpoint in (False, True):
             out, grads = with_gradient(model, way, pairs, factors, checkpoint)
             assert_sums(out, exact)
-            assert_grads(grads, exact_grads)
+            assert_grads(grads, exact_grads, GRAD_TOLERANCES.get(family, TOLERANCE))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "phi3"])
@@ -101,7 +104,7 @@ def test_the_gpu_form_of_attention_is_the_same(family: str) -> None:
     forward._fused = True
     out, grads = with_gradient(model, forward, pairs, factors, checkpoint=True)
     assert_sums(out, oracles.pair_logps(model, pairs))
-    assert_grads(grads, oracles.gradient(model, pairs, *factors.T))
+    assert_grads(grads, oracles.gradient(model, pairs, *factors.T), GRAD_TOLERANCES.get(family, TOLERANCE))
 
 
 @pytest.mark.parametrize("path", ["shared", "plain"])
