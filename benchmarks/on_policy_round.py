@@ -26,7 +26,8 @@ from localdpo.model.sampling import SamplingOptions
 from localdpo.recipe import Recipe
 
 MODEL = "smollm2-135m"
-TOKENS = 64
+TOKENS = 80
+BRIEFLY = " Answer in a sentence or two."  # without it the starter ends few answers within the limit
 TRAINED = [
     "What is a good breakfast?", "Why is the sky blue?", "How do I keep bread fresh?", "What does a librarian do?",
     "How can I sleep better?", "What is a volcano?", "Why do leaves fall in autumn?", "What is a good gift?",
@@ -43,7 +44,7 @@ UNSEEN = [
 
 def rows(texts: list[str]) -> list[PromptRow]:
     return [
-        PromptRow(({"role": "user", "content": text},), line=number, source="benchmark")
+        PromptRow(({"role": "user", "content": text + BRIEFLY},), line=number, source="benchmark")
         for number, text in enumerate(texts, 1)
     ]
 
@@ -85,7 +86,7 @@ def recipe(folder: Path, reference: str, steps: int, rate: float) -> Recipe:
 def measure(folder: Path, rounds: int = 1, reference: str = "base", steps: int = 12, rate: float = 3e-4) -> dict:
     """Mean words on unseen prompts before and after each round, and the mean reward's words in the pairs."""
     began = time.monotonic()
-    rewards = parse_rewards(["length:max=12"])
+    rewards = parse_rewards(["length:max=8"])
     sampling = SamplingOptions(max_tokens=TOKENS, temperature=0.9, top_p=0.95)
     settings = GenerateSettings((Source(MODEL),), ByRewards(rewards), samples=4, sampling=sampling, seed=0)
     figures = [lengths(None)]

@@ -185,6 +185,18 @@ def test_a_file_without_final_newline_gets_rows_not_glued(tmp_path):
     assert not path.read_bytes().endswith(b"\n")
 
 
+def test_deleting_the_last_row_leaves_the_blank_line_before_it(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(line("first") + "\n\n" + line("last"))
+    with PairStore.open(path) as opened:
+        opened.delete([int(opened.keys[-1])])
+        opened.save()
+        assert path.read_text() == line("first") + "\n\n"
+        opened.undo()
+        opened.save()
+    assert path.read_text() == line("first") + "\n\n" + line("last") + "\n"
+
+
 def test_crlf_and_byte_order_mark_are_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + (line("p0") + "\r\n" + line("p1") + "\r\n").encode())
@@ -290,10 +302,14 @@ def test_undo_reaches_back_over_a_save(path):
         assert not opened.row(keys[1]).dirty
 
 
-def test_what_undo_brought_back_after_a_save_survives_a_crash(path):
+@pytest.mark.parametrize("more", [0, 1])
+def test_what_undo_brought_back_after_a_save_survives_a_crash(path, more):
     opened = PairStore.open(path)
     opened.delete([int(opened.keys[2])])
     opened.save()
+    for _ in range(more):  # a journal is begun before the undo
+        opened.swap(int(opened.keys[0]))
+        opened.undo()
     opened.undo()
     opened.close()
     with PairStore.open(path) as again:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from localdpo.data.pairs import PreferencePair, read_pairs
@@ -83,6 +85,15 @@ class Terminal:
         self.press(key)
         until(lambda: self._tmux("capture-pane", "-p", "-e") != before, self.screen)
 
+    def focuses(self, text: str) -> None:
+        """Wait until the line with `text` is shown in reverse, as a button with the focus is."""
+
+        def reverse() -> bool:
+            lines = self._tmux("capture-pane", "-p", "-e").splitlines()
+            return any(text in line and re.search(r"\x1b\[(?:\d+;)*7m", line) for line in lines)
+
+        until(reverse, self.screen)
+
     def screen(self) -> str:
         """What it shows; nothing when it is gone."""
         return self._tmux("capture-pane", "-p")
@@ -119,8 +130,11 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        """Close the window: the program gets SIGHUP."""
+        """Close the window: the program gets SIGHUP, and ends."""
+        pid = self._tmux("display-message", "-p", "#{pane_pid}").strip()
         self._tmux("kill-server")
+        if pid:
+            until(lambda: not psutil.pid_exists(int(pid)), lambda: f"for process {pid} to end with its terminal")
 
 
 @pytest.fixture
@@ -136,6 +150,7 @@ def begin(terminal: Terminal, folder: Path) -> Path:
     """Open the example in an empty folder; returns its file of pairs."""
     terminal.open()
     terminal.sees("example", "Quit")
+    terminal.focuses("Open the Athene example")
     terminal.press("Enter")
     terminal.sees("athene.jsonl", "What")
     return folder / "pairs" / "athene.jsonl"
@@ -214,6 +229,7 @@ def test_the_whole_loop(tmp_path: Path, terminal: Terminal, starter: Path):
     terminal.press("c")
     terminal.sees("It should say (chosen)")
     terminal.type(" Corrected.")
+    terminal.sees("Corrected.")
     terminal.press("C-s")
     until(lambda: len(read_pairs(pairs).pairs) == count + 1, terminal.screen)
     corrected = last(pairs)
@@ -262,6 +278,7 @@ def test_the_whole_loop(tmp_path: Path, terminal: Terminal, starter: Path):
     terminal.press("C-s")
     terminal.sees("It should say (chosen)")
     terminal.type(" And so it is.")
+    terminal.sees("And so it is.")
     terminal.press("C-s")
     until(lambda: len(read_pairs(pairs).pairs) == count + 2, terminal.screen)
     assert last(pairs).rejected == turn["replies"]["tuned"]["text"]

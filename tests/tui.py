@@ -37,10 +37,12 @@ async def started(
     """The app on `folder`, its first place mounted."""
     fake = host or FakeModelHost()
     app = LocalDPOApp(folder, host_factory=lambda: fake, **options)  # type: ignore[arg-type, return-value]
-    async with app.run_test(size=size) as pilot:
-        yield app, pilot
-        for place in app.places():
-            place.close()
+    async with app.run_test(size=size, notifications=True) as pilot:
+        try:
+            yield app, pilot
+        finally:
+            for place in app.places():
+                place.close()
 
 
 async def until(pilot: Pilot[None], condition: Callable[[], object], what: str = "") -> None:

@@ -9,6 +9,7 @@ generation. This module knows nothing about rows as people see them.
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -110,7 +111,6 @@ class Ground:
         self._moved = moved
         self._saving = threading.Lock()
         self._generation = 0
-        self._marks = 0
         self._digest = ""
         self._signature: Signature | None = None
         self._journal_late = False
@@ -172,6 +172,7 @@ class Ground:
         number = self._generation + 1
         layout, file, signature = self._snapshot(number)
         if len(layout) != len(self._sheet.order):
+            file.close()
             raise ValueError("the file is not what was saved")
         self._sheet.rebase(layout, self._sheet.order, file, self._sheet.order, {})
         self._digest, self._signature = layout.digest, signature
@@ -268,14 +269,13 @@ class Ground:
             if self._journal_late:
                 self._start_generation(self._generation)
             frozen = self._sheet.freeze()
-            self._marks += 1
-            mark = self._marks
+            mark = secrets.token_hex(8)  # a journal may be continued by another process: no number is its own
             if self.folder.writing:
                 self.folder.append({"frozen": mark})
         self._write(frozen, mark, signature)
         return SaveResult("saved", len(self._sheet.keys), merged)
 
-    def _write(self, frozen: Frozen, mark: int, signature: Signature | None) -> None:
+    def _write(self, frozen: Frozen, mark: str, signature: Signature | None) -> None:
         number = self._generation + 1
         with self.folder.new_base(number) as base:
             layout = copy_lines(frozen.pieces(), base, self.name)

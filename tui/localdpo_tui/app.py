@@ -8,7 +8,9 @@ the first paint is mostly the time of imports.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalDPOApp"]
 
 HANG_UP = (signal.SIGHUP, signal.SIGTERM)
+GONE_SECONDS = 2.0
 _PLACES = {"pairs": "PairsPlace", "train": "TrainPlace", "chat": "ChatPlace", "runs": "RunsPlace"}
 
 EVERYWHERE = register(
@@ -256,6 +259,11 @@ class LocalDPOApp(App[None]):
     def hang_up(self, number: int) -> None:
         """End because the terminal is gone or the system asks: flush, ask nothing."""
         self._leave(128 + number)
+        if not self.is_headless:
+            # Textual's writer waits for ever when a terminal that is gone does not take its last words.
+            end = threading.Timer(GONE_SECONDS, os._exit, (128 + number,))
+            end.daemon = True
+            end.start()
 
     async def action_quit(self) -> None:
         """Leave. Asks first when something is not saved, or would be cut off."""

@@ -56,7 +56,7 @@ class PairCounts(PairFiles):
     async def _count(self, draft: PairDraft) -> None:
         differing = await asyncio.to_thread(different_words, draft.chosen, draft.rejected)
         counts, exact = await self.count_tokens(draft)
-        if self.editor.draft != draft:
+        if not self.editor.ready or self.editor.draft != draft:
             return
         self.editor.chosen.mark(differing[0])
         self.editor.rejected.mark(differing[1])

@@ -37,6 +37,8 @@ class PairFiles(Place):
         self.store: PairStore | None = None
         self._missing = False
         self._opening = False
+        self._looking = False
+        self._arrivals = _Arrivals()
         self._indexing = threading.Event()  # set: whoever indexes the file that was open shall stop
 
     def commit(self) -> bool:
@@ -99,7 +101,7 @@ class PairFiles(Place):
             return False
         self._opening = True
         try:
-            store = await asyncio.to_thread(_open, path, create)
+            store = await asyncio.to_thread(self._arrivals.open, path, create)
         except (LocalDPOError, OSError) as error:
             self.app.notify_problem(error)
             if self.store is None:
@@ -107,6 +109,7 @@ class PairFiles(Place):
             return False
         finally:
             self._opening = False
+        self._arrivals.taken(store)
         self._indexing.set()
         old, self.store, self._missing = self.store, store, False
         self._leave_welcome()
@@ -251,10 +254,18 @@ class PairFiles(Place):
 
     def look_for_changes(self) -> None:
         """See on a thread whether somebody else wrote the file."""
-        if self.store is not None and self.is_current:
-            self.run_worker(self._look(self.store), group="watch", exclusive=True)
+        if self.store is not None and self.app.screen is self and not self._looking:
+            self.run_worker(self._look(self.store), group="watch")
 
     async def _look(self, store: PairStore) -> None:
+        # One at a time, and never cancelled: the question that it may ask would stay without anybody to hear the answer.
+        self._looking = True
+        try:
+            await self._take_in(store)
+        finally:
+            self._looking = False
+
+    async def _take_in(self, store: PairStore) -> None:
         if not await asyncio.to_thread(store.changed_on_disk) or store is not self.store:
             return
         if not await asyncio.to_thread(store.path.exists):
@@ -317,6 +328,7 @@ class PairFiles(Place):
     def close(self) -> None:
         """Let go of the file; drafts stay."""
         self._indexing.set()
+        self._arrivals.close()
         store, self.store = self.store, None
         if store is not None:
             store.close()
@@ -336,12 +348,6 @@ def _first_look(workspace: Workspace, count: int) -> tuple[Path | None, dict[int
 def _remember(workspace: Workspace, path: Path) -> None:
     with suppress(LocalDPOError, OSError):
         workspace.remember(**{LAST_FILE: workspace.relative(path)})
-
-
-def _open(path: Path, create: bool) -> PairStore:
-    from localdpo.data.store import PairStore  # numpy: on a thread, after the first paint
-
-    return PairStore.open(path, create=create)
 
 
 def _likely(files: Sequence[Path]) -> Path:
@@ -370,3 +376,37 @@ def _conflict_text(conflict: Conflict) -> str:
     row = ours or theirs
     prompt = one_line(row.prompt[-1]["content"], 80) if row is not None and row.prompt else ""
     return "\n".join([f"“{prompt}”", *sides])
+
+
+class _Arrivals:
+    """Stores opened on a thread that nobody has taken yet: the app may end between the two."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[PairStore] = []
+        self._closed = False
+
+    def open(self, path: Path, create: bool) -> PairStore:
+        """Open a file, for a thread. Raises LocalDPOError."""
+        from localdpo.data.store import PairStore  # numpy: after the first paint
+
+        store = PairStore.open(path, create=create)
+        with self._lock:
+            if self._closed:
+                store.close()
+            else:
+                self._waiting.append(store)
+        return store
+
+    def taken(self, store: PairStore) -> None:
+        """Leave a store to whoever asked for it."""
+        with self._lock:
+            self._waiting.remove(store)
+
+    def close(self) -> None:
+        """Close what nobody took, and whatever is still to come."""
+        with self._lock:
+            self._closed = True
+            for store in self._waiting:
+                store.close()
+            self._waiting.clear()

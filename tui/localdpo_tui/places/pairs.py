@@ -240,8 +240,8 @@ class PairsPlace(PairTools):
         self.show_title(len(keys), total)
         if self._edit_when_open:
             self.action_edit()
-        elif not keys or self.rows.current == self._shown:
-            self._follow()
+        else:
+            self._moved()
 
     @on(Input.Changed, "#search")
     def _typed(self, event: Input.Changed) -> None:
@@ -283,9 +283,8 @@ class PairsPlace(PairTools):
         """Have the editor show the row under the cursor."""
         if not self.editing or (self.store is None and self._editor is None):
             return
+        self.commit()
         key = self.rows.current
-        if key != self._shown:
-            self.commit()
         row = None if key is None else self.row(key)
         self._shown = None if row is None else row.key
         if row is None or self.store is None:

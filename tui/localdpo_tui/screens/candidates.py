@@ -73,9 +73,7 @@ class CandidatesScreen(Screen[None]):
         Action("candidates.rank", "r,ctrl+r", "Rank", "Judge the answers two by two, unnamed.", "Candidates"),
         Action("candidates.fields", "n", "How many", "Change how many answers, and how freely.", "Candidates"),
         Action("candidates.delete", "d,delete", "Delete", "Delete this answer.", "Candidates", footer=False),
-        Action(
-            "candidates.close", "escape", "Stop, close", "Stop generating, or go back.", "Candidates", priority=True
-        ),
+        Action("candidates.close", "escape", "Stop, close", "Stop generating, or go back.", "Candidates"),
     )
     BINDINGS = bindings(ACTIONS)
 
@@ -243,7 +241,7 @@ class CandidatesScreen(Screen[None]):
         if self.is_attached:
             self._list_prompts()
             await self._show_row(self._row)
-            self._say("stopped" if task.cancelled() else "")
+            self._say("stopped" if task.cancelled() else _why(failure))
 
     async def _target(self) -> Target | None:
         name = str(self.query_one("#candidates-by", Select).value)
@@ -348,6 +346,13 @@ class CandidatesScreen(Screen[None]):
         if action in ("correct", "delete") and self.is_mounted and self.answers.marked is None:
             return None
         return True
+
+
+def _why(failure: BaseException | None) -> str:
+    """What stays on the screen of a failure once its notice is gone."""
+    if failure is None:
+        return ""
+    return f"failed: {one_line(str(failure))}" if isinstance(failure, LocalDPOError) else "failed"
 
 
 async def open_ranking(app: LocalDPOApp, pairs: Path, store: CandidateStore | None = None) -> None:

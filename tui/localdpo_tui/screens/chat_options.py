@@ -47,7 +47,7 @@ class ChatOptionsScreen(ModalScreen[ChatSettings | None]):
     CSS_PATH = "chat_options.tcss"
     ACTIONS: ClassVar[tuple[Action, ...]] = register(
         "chat options",
-        Action("chat_options.save", "ctrl+s", "Use these", "Go on with these settings.", "Options", priority=True),
+        Action("chat_options.save", "ctrl+s", "Use these", "Go on with these settings.", "Options"),
         Action("chat_options.cancel", "escape", "Cancel", "Leave everything as it was.", "Options"),
     )
     BINDINGS = bindings(ACTIONS)

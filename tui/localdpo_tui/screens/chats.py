@@ -31,9 +31,9 @@ class ChatsScreen(ModalScreen[Chat | None]):
     DEFAULT_CSS = "ChatsScreen OptionList { height: auto; max-height: 16; border: none; margin-top: 1; }"
     ACTIONS: ClassVar[tuple[Action, ...]] = register(
         "chats",
-        Action("chats.open", "enter", "Open", "Open the marked chat.", priority=True),
-        Action("chats.down", "down", "Down", "The next chat.", footer=False, priority=True),
-        Action("chats.up", "up", "Up", "The chat before.", footer=False, priority=True),
+        Action("chats.open", "enter", "Open", "Open the marked chat."),
+        Action("chats.down", "down", "Down", "The next chat.", footer=False),
+        Action("chats.up", "up", "Up", "The chat before.", footer=False),
         Action("chats.cancel", "escape", "Cancel", "Stay in this chat."),
     )
     BINDINGS = bindings(ACTIONS)
@@ -71,6 +71,7 @@ class ChatsScreen(ModalScreen[Chat | None]):
         self._found = await asyncio.to_thread(matching, self._chats, event.value)
         self._list()
 
+    @on(Input.Submitted)
     @on(OptionList.OptionSelected)
     def _clicked(self) -> None:
         self.action_open()

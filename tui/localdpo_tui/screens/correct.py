@@ -57,9 +57,9 @@ class CorrectScreen(Screen[MadePair | None]):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012 - Textual declares the type
     ACTIONS: ClassVar[tuple[Action, ...]] = register(
         "correct",
-        Action("correct.save", "ctrl+s", "Save pair", "Add the pair to the file.", "Correct", priority=True),
+        Action("correct.save", "ctrl+s", "Save pair", "Add the pair to the file.", "Correct"),
         Action("correct.restart", "ctrl+r", "Start over", "Make the copy the model's answer again.", "Correct"),
-        Action("correct.cancel", "escape", "Cancel", "Close without a pair.", "Correct", priority=True),
+        Action("correct.cancel", "escape", "Cancel", "Close without a pair.", "Correct"),
     )
     BINDINGS = bindings(ACTIONS)
 

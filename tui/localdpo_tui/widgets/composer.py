@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from textual.events import Key
 from textual.message import Message
 
 from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.widgets.editor import SafeTextArea
 
 __all__ = ["Composer"]
+
+NEWLINE = ("ctrl+j", "alt+enter", "shift+enter")
 
 
 class Composer(SafeTextArea):
@@ -33,20 +36,26 @@ class Composer(SafeTextArea):
 
     ACTIONS: ClassVar[tuple[Action, ...]] = register(
         "composer",
-        Action("composer.send", "enter", "Send", "Send the message.", "Chat", priority=True),
+        Action("composer.send", "enter", "Send", "Send the message.", "Chat"),
         Action(
             "composer.newline",
-            "ctrl+j,alt+enter,shift+enter",
+            ",".join(NEWLINE),
             "New line",
             "Begin a new line.",
             "Chat",
             footer=False,
-            priority=True,
         ),
-        Action("composer.leave", "escape", "Stop", "Stop the answer; twice: empty the line.", "Chat", priority=True),
+        Action("composer.leave", "escape", "Stop", "Stop the answer; twice: empty the line.", "Chat"),
         Action("composer.recall", "up", "Last message", "Bring the last message back.", "Chat", footer=False),
     )
     BINDINGS = bindings(ACTIONS)
+
+    async def _on_key(self, event: Key) -> None:
+        # Not by priority bindings: those are obeyed before letters typed just before have arrived.
+        if event.key in ("enter", *NEWLINE):
+            event.stop()
+            event.prevent_default()
+            self.action_send() if event.key == "enter" else self.action_newline()
 
     def action_send(self) -> None:
         """Send what was written."""

@@ -188,6 +188,10 @@ class PairEditor(Widget):
         if self._wants_focus:
             self.focus_text()
 
+    def on_unmount(self) -> None:
+        """Let nobody ask for boxes that are gone: counting ends later than the screen."""
+        self._ready = False
+
     def focus_text(self) -> None:
         """Focus what is to be written: the prompt where it is blank, else the chosen answer; at once or when ready."""
         self._wants_focus = not self._ready
