@@ -46,8 +46,8 @@ def check_template(
 ) -> None:
     """Render `template` in a child process and raise `InputError` if it hangs, bloats, or is not a template.
 
-    `where` names the model in the error; `seconds` are of processor time. A template that passed is remembered in the cache folder by its
-    hash, so that the check costs nothing the next time.
+    `where` names the model in the error; `seconds` are of processor time. A template that passed is
+    remembered in the cache folder by its hash, so that the check costs nothing the next time.
     """
     if len(template) > _MAX_TEMPLATE:
         message = f"its chat template is longer than {_MAX_TEMPLATE:,} characters"

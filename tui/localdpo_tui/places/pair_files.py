@@ -258,7 +258,7 @@ class PairFiles(Place):
             self.run_worker(self._look(self.store), group="watch")
 
     async def _look(self, store: PairStore) -> None:
-        # One at a time, and never cancelled: the question that it may ask would stay without anybody to hear the answer.
+        # One at a time, and never cancelled: else nobody would hear the answer to what it may ask.
         self._looking = True
         try:
             await self._take_in(store)
