@@ -71,7 +71,7 @@ def recipe(folder: Path, reference: str, steps: int, rate: float) -> Recipe:
             "output_dir": folder,
             "data": {"train": folder / "none.jsonl", "eval": None, "retain": None, "max_length": 128},
             "lora": {"r": 8, "alpha": 16.0, "num_layers": 8},
-            "dpo": {"beta": 0.1, "rpo_alpha": 0.2, "reference": reference},
+            "dpo": {"beta": 0.1, "rpo_alpha": 1.0, "reference": reference},
             "train": {
                 "learning_rate": rate,
                 "max_steps": steps,

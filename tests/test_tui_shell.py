@@ -145,7 +145,7 @@ def test_action_ids_and_helps_are_whole():
 async def test_how_the_pairs_place_looks(folder: Path, snapshots: Snapshots, size: tuple[int, int]):
     async with started(folder, size) as (app, pilot):
         await seen(pilot, "日本の首都")
-        await seen(pilot, "saved")
+        await seen(pilot, "saved ─╯")
         if size[0] > 100:
             await seen(pilot, "≈")
         await snapshots.check(app, pilot, f"pairs-{size[0]}x{size[1]}")

@@ -80,11 +80,11 @@ class RowList:
     def summary(self, key: int) -> RowSummary:
         """Return what the list shows of a row. Raises KeyError for one that is not there.
 
-        "duplicate" and its like are told of rows that are indexed (see `build_index`).
+        "duplicate" and its like are told as `build_index` last found them.
         """
         with self._lock:
             row = self.row(key)
-            codes = own_codes(row) + self._index.related(key, self._sheet.keys)
+            codes = own_codes(row) + self._index.related(key)
             tokens = self._tokens.get(key)
             if tokens is not None and self.max_tokens is not None and tokens > self.max_tokens:
                 codes += ("too_long",)
@@ -112,9 +112,19 @@ class RowList:
         and rows in all. A search does what it needs of this by itself; a list does it once it is shown.
         """
         with self._indexing:
-            return self._pass(cancelled, progress, self._take_in, "done") and (
-                not checks or self._pass(cancelled, progress, self._take_codes, "checked")
-            )
+            if not self._pass(cancelled, progress, self._take_in, "done"):
+                return False
+            self._compare()
+            return not checks or self._pass(cancelled, progress, self._take_codes, "checked")
+
+    def _compare(self) -> None:
+        """Find rows that repeat or contradict others; the sorting is done while nobody waits for the lock."""
+        with self._lock:
+            compare = self._index.comparison(self._sheet.keys)
+        if compare is not None:
+            take = compare()
+            with self._lock:
+                take()
 
     def _pass(
         self,

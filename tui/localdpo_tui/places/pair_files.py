@@ -121,7 +121,6 @@ class PairFiles(Place):
             await asyncio.to_thread(old.close)
         await asyncio.to_thread(_remember, self.workspace, store.path)
         self._tell_recovered(store)
-        self.reindex()
         return True
 
     def _tell_recovered(self, store: PairStore) -> None:

@@ -230,6 +230,7 @@ class PairsPlace(PairTools):
         else:
             self._fresh.clear()
             self._show_keys(array("q", self.store.keys.tobytes()), None, at)
+            self.reindex()
 
     def _show_keys(self, keys: Sequence[int], numbers: Sequence[int] | None, at: int | None) -> None:
         total = len(self.store) if self.store is not None else 0
@@ -323,6 +324,7 @@ class PairsPlace(PairTools):
     def _autosave(self) -> None:
         self.commit()
         self.sync_drafts()
+        self.reindex()
 
     def commit(self) -> bool:
         """Put what stands in the editor into the store, which journals it. Returns False when it cannot be."""

@@ -10,6 +10,7 @@ from textual.style import Style
 from textual.widget import Widget
 
 ALWAYS = ("f1", "ctrl+q")
+_SIGNS = {"slash": "/"}  # keys whose names Textual does not turn back into characters
 
 
 class FooterLine(Widget):
@@ -54,12 +55,13 @@ class FooterLine(Widget):
             if binding.show and binding.key not in ALWAYS and binding.action not in seen and not self._typed(binding):
                 seen.add(binding.action)
                 result.append(item)
-        return result
+        # The way out comes first: it is what a stranger looks for.
+        return sorted(result, key=lambda item: item.binding.key != "escape")
 
     def _typed(self, binding: Binding) -> bool:
         """Tell whether the key is a character that the focused text would take."""
         focused = self.screen.focused
-        character = key_to_character(binding.key)
+        character = key_to_character(binding.key) or _SIGNS.get(binding.key)
         return focused is not None and character is not None and focused.check_consume_key(binding.key, character)
 
     def _hint(self, item: ActiveBinding) -> Content:

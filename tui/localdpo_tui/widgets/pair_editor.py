@@ -130,30 +130,26 @@ class PairEditor(Widget):
         self._tags = StandIns()
         # The boxes in use: a box that was removed stays in the tree until the next turn of the loop.
         self._turns = [TurnBox({"role": "user", "content": ""})]
+        # Kept by name, not looked up: whoever counts may ask when the screen is on its way out.
+        self.chosen = TextBox("Chosen", id="chosen")
+        self.rejected = TextBox("Rejected", id="rejected")
+        self._tag_line = Input(id="tags", placeholder="none; several with commas", compact=True)
+        self._weight_line = Input(id="weight", placeholder="1", compact=True)
+        self._findings = Static(id="findings")
 
     def compose(self) -> ComposeResult:
         """Lay out prompt, answers, details."""
         with VerticalScroll(id="prompt", can_focus=False):
             yield from self._turns
         with Horizontal(id="answers"):
-            yield TextBox("Chosen", id="chosen")
-            yield TextBox("Rejected", id="rejected")
+            yield self.chosen
+            yield self.rejected
         with Horizontal(id="details"):
             yield Label("Tags ")
-            yield Input(id="tags", placeholder="none; several with commas", compact=True)
+            yield self._tag_line
             yield Label(" Weight ")
-            yield Input(id="weight", placeholder="1", compact=True)
-        yield Static(id="findings")
-
-    @property
-    def chosen(self) -> TextBox:
-        """The box of the answer that is wanted."""
-        return self.query_one("#chosen", TextBox)
-
-    @property
-    def rejected(self) -> TextBox:
-        """The box of the answer that is not."""
-        return self.query_one("#rejected", TextBox)
+            yield self._weight_line
+        yield self._findings
 
     @property
     def turns(self) -> list[TurnBox]:
@@ -213,13 +209,9 @@ class PairEditor(Widget):
         for box, text in ((self.chosen, draft.chosen), (self.rejected, draft.rejected)):
             if box.raw != text:
                 box.raw = text
-        self._set_input("tags", self._tags.start(", ".join(draft.tags)))
-        self._set_input("weight", "" if draft.weight == 1.0 else f"{draft.weight:g}")
-
-    def _set_input(self, name: str, value: str) -> None:
-        box = self.query_one(f"#{name}", Input)
         with self.prevent(Input.Changed):
-            box.value = value
+            self._tag_line.value = self._tags.start(", ".join(draft.tags))
+            self._weight_line.value = "" if draft.weight == 1.0 else f"{draft.weight:g}"
 
     def _set_turns(self, messages: Sequence[Message]) -> None:
         for box, message in zip(self._turns, messages, strict=False):
@@ -246,8 +238,8 @@ class PairEditor(Widget):
             return self._draft
         weight = self._draft.weight
         with suppress(ValueError):
-            weight = float(self.query_one("#weight", Input).value.strip() or 1)
-        raw = self._tags.raw(self.query_one("#tags", Input).value)
+            weight = float(self._weight_line.value.strip() or 1)
+        raw = self._tags.raw(self._tag_line.value)
         tags = tuple(dict.fromkeys(tag.strip() for tag in raw.split(",") if tag.strip()))
         if ", ".join(self._draft.tags) == raw:
             tags = self._draft.tags  # a tag with a comma in it stays one
@@ -261,7 +253,7 @@ class PairEditor(Widget):
     @property
     def weight_problem(self) -> str:
         """What is wrong with the weight as typed, as a sentence; empty when nothing is."""
-        text = self.query_one("#weight", Input).value.strip()
+        text = self._weight_line.value.strip()
         try:
             good = 0 <= float(text or 1) < float("inf")
         except ValueError:
@@ -270,11 +262,8 @@ class PairEditor(Widget):
 
     def show_findings(self, lines: Sequence[str]) -> None:
         """Show what is wrong with the pair, one sentence a line."""
-        if not self._ready:
-            return
-        findings = self.query_one("#findings", Static)
-        findings.update(inert("\n".join(f"! {line}" for line in lines)))
-        findings.display = bool(lines)
+        self._findings.update(inert("\n".join(f"! {line}" for line in lines)))
+        self._findings.display = bool(lines)
 
     # -- what the user does
 

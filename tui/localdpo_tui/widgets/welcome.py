@@ -36,7 +36,7 @@ class Welcome(VerticalScroll, can_focus=False):
         padding: 1 2;
         align: center top;
         .words { width: 76; max-width: 100%; height: auto; margin-bottom: 1; }
-        Button { width: 40; max-width: 100%; margin-bottom: 1; }
+        Button { width: 40; max-width: 100%; }
     }
     """
 
