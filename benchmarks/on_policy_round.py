@@ -83,7 +83,7 @@ def recipe(folder: Path, reference: str, steps: int, rate: float) -> Recipe:
     )
 
 
-def measure(folder: Path, rounds: int = 1, reference: str = "base", steps: int = 12, rate: float = 3e-4) -> dict:
+def measure(folder: Path, rounds: int = 2, reference: str = "base", steps: int = 20, rate: float = 4e-4) -> dict:
     """Mean words on unseen prompts before and after each round, and the mean reward's words in the pairs."""
     began = time.monotonic()
     rewards = parse_rewards(["length:max=8"])
@@ -112,9 +112,9 @@ def measure(folder: Path, rounds: int = 1, reference: str = "base", steps: int =
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--reference", choices=("base", "init"), default="base")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
