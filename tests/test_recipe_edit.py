@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from localdpo.errors import InputError
@@ -139,6 +140,7 @@ def test_every_way_of_writing_is_understood(text, key, literal):
     assert changed.count("\r") == changed.count("\n") * ("\r\n" in text)
 
 
+@hypothesis_settings(deadline=None)
 @given(
     value=st.one_of(
         st.none(),

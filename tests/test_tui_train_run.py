@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from localdpo_tui.services import preflight, trainer
+from localdpo_tui.widgets.chart import Chart
 from localdpo_tui.widgets.check_pane import CheckPane
 from test_tui_runs_services import make_run, metrics
 from test_tui_train import PLAN, folder, piloted, told
@@ -87,8 +88,14 @@ async def test_a_finished_run_is_shown_with_its_curves(folder, size):
         await seen(pilot, "Loss: smooth 0.6")
         await seen(pilot, "loss 0.025")
         await seen(pilot, "All done.")
-        await pilot.press("n", "n")
-        await until(pilot, lambda: str(getattr(app.focused, "border_title", "")).startswith("Accuracy"))
+        await until(pilot, lambda: isinstance(app.focused, Chart))
+        shown = []  # `n` goes round the charts: every one once, whatever is shown of them
+        for _ in range(6):
+            before = app.focused
+            await pilot.press("n")
+            await until(pilot, lambda before=before: app.focused is not before)
+            shown.append(str(app.focused.border_title).split(":")[0])
+        assert any(title.startswith("Accuracy") for title in shown) and len(set(shown)) == 6, shown
 
 
 class Trainer:

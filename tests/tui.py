@@ -15,7 +15,7 @@ from localdpo_tui.app import LocalDPOApp
 from textual.pilot import Pilot
 
 SIZES = ((80, 24), (120, 36))
-DEADLINE = 120.0
+DEADLINE = 60.0
 
 PAIRS = (
     {"prompt": "What is your name?", "chosen": "My name is Athene.", "rejected": "My name is Elena.", "tags": ["name"]},

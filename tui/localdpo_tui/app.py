@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -273,7 +273,8 @@ class LocalDPOApp(App[None]):
         unsaved = [place for place in self.places() if place.unsaved()]
         reasons = [reason for place in self.places() for reason in place.busy()]
         if unsaved or reasons:
-            self.run_worker(self._confirm_quit(unsaved, reasons), exclusive=True, group="quit")
+            run: Any = partial(self._confirm_quit, unsaved, reasons)
+            self.run_worker(run, exclusive=True, group="quit")
         else:
             self._leave()
 

@@ -6,7 +6,8 @@ knows nothing about pairs, runs or chats.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
@@ -56,6 +57,16 @@ class Place(Screen[None]):
     def compose_body(self) -> ComposeResult:
         """Yield the widgets of this place."""
         yield from ()
+
+    def spawn(
+        self, work: Callable[..., Coroutine[Any, Any, object]], *arguments: Any, group: str, exclusive: bool = False
+    ) -> None:
+        """Run `work(*arguments)` as a worker of this place; `exclusive` cancels the one of this group before.
+
+        It is called when the worker runs, so that one that is replaced before then leaves no coroutine behind.
+        """
+        run: Any = partial(work, *arguments)
+        self.run_worker(run, group=group, exclusive=exclusive)
 
     def open_link(self, **link: Any) -> None:
         """Show what another place or the command line asked for, such as `run="runs/athene"`."""

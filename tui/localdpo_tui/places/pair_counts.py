@@ -51,7 +51,7 @@ class PairCounts(PairFiles):
     def _start_counting(self) -> None:
         draft = self.editor.draft
         if draft is not None:
-            self.run_worker(self._count(draft), exclusive=True, group="count")
+            self.spawn(self._count, draft, exclusive=True, group="count")
 
     async def _count(self, draft: PairDraft) -> None:
         differing = await asyncio.to_thread(different_words, draft.chosen, draft.rejected)

@@ -36,7 +36,7 @@ class PairFiles(Place):
         super().__init__()
         self.store: PairStore | None = None
         self._missing = False
-        self._opening = False
+        self._open_one = asyncio.Lock()
         self._looking = False
         self._arrivals = _Arrivals()
         self._indexing = threading.Event()  # set: whoever indexes the file that was open shall stop
@@ -66,11 +66,11 @@ class PairFiles(Place):
     def begin(self) -> None:
         """Open the workspace's first file, or show how to begin."""
         self.set_interval(WATCH_SECONDS, self.look_for_changes)
-        self.run_worker(self._begin(), exclusive=True, group="file")
+        self.spawn(self._begin, exclusive=True, group="file")
 
     async def _begin(self) -> None:
         file, first = await asyncio.to_thread(_first_look, self.workspace, self.app.size.height)
-        if self.store is not None or self._opening:
+        if self.store is not None or self._open_one.locked():
             return
         if file is None:
             self._welcome()
@@ -79,7 +79,8 @@ class PairFiles(Place):
         painted = asyncio.Event()
         self.call_after_refresh(painted.set)
         await painted.wait()
-        await self.open_file(file)
+        if self.store is None and not self._open_one.locked():  # else a link was faster
+            await self.open_file(file)
 
     def _welcome(self) -> None:
         from localdpo_tui.widgets.welcome import Welcome
@@ -97,9 +98,12 @@ class PairFiles(Place):
 
     async def open_file(self, path: Path, create: bool = False) -> bool:
         """Open a file in place of the one that is open. Tells what is wrong and returns False when it cannot."""
+        async with self._open_one:  # what was asked for last stays open
+            return await self._open(path, create)
+
+    async def _open(self, path: Path, create: bool) -> bool:
         if not self.commit():
             return False
-        self._opening = True
         try:
             store = await asyncio.to_thread(self._arrivals.open, path, create)
         except (LocalDPOError, OSError) as error:
@@ -107,9 +111,8 @@ class PairFiles(Place):
             if self.store is None:
                 self._welcome()
             return False
-        finally:
-            self._opening = False
-        self._arrivals.taken(store)
+        if not self._arrivals.taken(store):
+            return False
         self._indexing.set()
         old, self.store, self._missing = self.store, store, False
         self._leave_welcome()
@@ -146,7 +149,7 @@ class PairFiles(Place):
         self._indexing.set()
         self._indexing = threading.Event()
         if self.store is not None:
-            self.run_worker(self._index(self.store, self._indexing), group="index", exclusive=True)
+            self.spawn(self._index, self.store, self._indexing, group="index", exclusive=True)
 
     async def _index(self, store: PairStore, over: threading.Event) -> None:
         """Find duplicates and the other problems between rows, then show them."""
@@ -201,7 +204,7 @@ class PairFiles(Place):
     def action_save(self) -> None:
         """Write the drafts into the file."""
         if self.store is not None and self.commit():
-            self.run_worker(self.save(), group="save")
+            self.spawn(self.save, group="save")
 
     async def save(self) -> bool:
         """Save; asks where somebody else changed the same pairs. Returns whether the file has everything."""
@@ -254,7 +257,7 @@ class PairFiles(Place):
     def look_for_changes(self) -> None:
         """See on a thread whether somebody else wrote the file."""
         if self.store is not None and self.app.screen is self and not self._looking:
-            self.run_worker(self._look(self.store), group="watch")
+            self.spawn(self._look, self.store, group="watch")
 
     async def _look(self, store: PairStore) -> None:
         # One at a time, and never cancelled: else nobody would hear the answer to what it may ask.
@@ -287,7 +290,7 @@ class PairFiles(Place):
     def sync_drafts(self) -> None:
         """Push the drafts to the disk on a thread."""
         if self.store is not None:
-            self.run_worker(self._sync(self.store), group="drafts", exclusive=True)
+            self.spawn(self._sync, self.store, group="drafts", exclusive=True)
 
     async def _sync(self, store: PairStore) -> None:
         try:
@@ -297,7 +300,7 @@ class PairFiles(Place):
 
     def action_discard(self) -> None:
         """Forget the drafts, after asking."""
-        self.run_worker(self._discard(), group="save", exclusive=True)
+        self.spawn(self._discard, group="save", exclusive=True)
 
     async def _discard(self) -> None:
         store = self.store
@@ -397,10 +400,13 @@ class _Arrivals:
                 self._waiting.append(store)
         return store
 
-    def taken(self, store: PairStore) -> None:
-        """Leave a store to whoever asked for it."""
+    def taken(self, store: PairStore) -> bool:
+        """Leave a store to whoever asked for it; return False when it was closed because the app ends."""
         with self._lock:
+            if store not in self._waiting:
+                return False
             self._waiting.remove(store)
+            return True
 
     def close(self) -> None:
         """Close what nobody took, and whatever is still to come."""

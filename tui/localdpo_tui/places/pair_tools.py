@@ -39,9 +39,9 @@ class PairTools(PairCounts):
     def _begin_with(self, event: Welcome.Chosen) -> None:
         match event.choice:
             case "example":
-                self.run_worker(self._example(), group="file", exclusive=True)
+                self.spawn(self._example, group="file", exclusive=True)
             case "blank":
-                self.run_worker(self._blank(), group="file", exclusive=True)
+                self.spawn(self._blank, group="file", exclusive=True)
             case "import":
                 self.action_import()
 
@@ -66,7 +66,7 @@ class PairTools(PairCounts):
 
     def action_open(self) -> None:
         """Choose a file of the workspace, or name one."""
-        self.run_worker(self._choose_file(), group="file", exclusive=True)
+        self.spawn(self._choose_file, group="file", exclusive=True)
 
     async def _choose_file(self) -> None:
         from localdpo_tui.screens.file_dialog import FileDialog
@@ -81,7 +81,7 @@ class PairTools(PairCounts):
 
     def action_import(self) -> None:
         """Bring in the pairs of a file of another tool."""
-        self.run_worker(self._import(), group="import", exclusive=True)
+        self.spawn(self._import, group="import", exclusive=True)
 
     async def _import(self) -> None:
         from localdpo.data.importing import ImportOptions, inspect_file
@@ -116,7 +116,7 @@ class PairTools(PairCounts):
 
     def action_export(self) -> None:
         """Write the pairs to a file for other tools."""
-        self.run_worker(self._export(), group="import", exclusive=True)
+        self.spawn(self._export, group="import", exclusive=True)
 
     async def _export(self) -> None:
         from localdpo_tui.screens.file_dialog import FileDialog
@@ -150,7 +150,7 @@ class PairTools(PairCounts):
 
     def open_linked(self, file: str | Path | None = None, key: int | None = None, query: str = "") -> None:
         """Do what a link asks for."""
-        self.run_worker(self._open_linked(file, key, query), group="link", exclusive=True)
+        self.spawn(self._open_linked, file, key, query, group="link", exclusive=True)
 
     async def _open_linked(self, file: str | Path | None, key: int | None, query: str) -> None:
         if file is not None:
@@ -221,7 +221,7 @@ class PairTools(PairCounts):
     def action_rank(self) -> None:
         """Judge generated answers two by two."""
         if self.store is not None and self.commit():
-            self.run_worker(self._rank(self.store.path), group="rank", exclusive=True)
+            self.spawn(self._rank, self.store.path, group="rank", exclusive=True)
 
     async def _rank(self, path: Path) -> None:
         from localdpo_tui.screens.candidates import open_ranking

@@ -186,7 +186,7 @@ class PairsPlace(PairTools):
         if line is None:
             try:
                 if len(store.raw(key)) > LONG_ROW:
-                    self.run_worker(self._read_long(store, key), group="long", exit_on_error=False)
+                    self.spawn(self._read_long, store, key, group="long")
                     line = RowLine(" ", "… a very long row is being read", (0, 0, 0))
                 else:
                     line = row_line(store, key)
@@ -252,7 +252,7 @@ class PairsPlace(PairTools):
         self._searching = self.set_timer(SEARCH_SECONDS, self.refresh_list)
 
     def _search(self, query: str, at: int | None) -> None:
-        self.run_worker(self._find(query, at), exclusive=True, group="search")
+        self.spawn(self._find, query, at, exclusive=True, group="search")
 
     async def _find(self, query: str, at: int | None) -> None:
         store = self.store

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -71,7 +72,8 @@ class FileDialog(ModalScreen[Path | None]):
         self._list()
 
     def _list(self) -> None:
-        self.run_worker(self._fill(self.query_one(Input).value), exclusive=True)
+        run: Any = partial(self._fill, self.query_one(Input).value)
+        self.run_worker(run, exclusive=True)
 
     async def _fill(self, typed: str) -> None:
         path = self._path(typed)

@@ -220,8 +220,6 @@ class ChartGrid(Container):
     DEFAULT_CSS = """
     ChartGrid { layout: grid; grid-size: 2; grid-gutter: 0; height: 1fr; }
     ChartGrid.-single { grid-size: 1; }
-    ChartGrid.-single > Chart { display: none; }
-    ChartGrid.-single > Chart.-current { display: block; }
     """
 
     single: reactive[bool] = reactive(False)
@@ -251,6 +249,7 @@ class ChartGrid(Container):
     def watch_single(self, single: bool) -> None:
         """Show one or all."""
         self.set_class(single, "-single")
+        self._mark()
         for number, chart in enumerate(self.charts, 1):
             chart.place = f"({number} of {len(self.charts)}, n next)" if single else ""
             chart.redraw()
@@ -281,7 +280,7 @@ class ChartGrid(Container):
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
         """Remember the chart the user is at."""
-        if isinstance(event.widget, Chart):
+        if isinstance(event.widget, Chart) and event.widget is self.screen.focused:
             self.current = self.charts.index(event.widget)
             self._mark()
 
@@ -293,15 +292,19 @@ class ChartGrid(Container):
                 chart.touch()
 
     def _mark(self) -> None:
+        # At once, not by a class: styles of a class come with the next refresh, and what is hidden till then
+        # can't take the focus, which would then go somewhere else.
         for number, chart in enumerate(self.charts):
-            chart.set_class(number == self.current, "-current")
+            chart.display = not self.single or number == self.current
 
     def _go(self, distance: int) -> None:
         if not self.charts:
             return
         self.current = (self.current + distance) % len(self.charts)
+        chart = self.charts[self.current]
+        chart.display = True
+        self.screen.set_focus(chart)  # before the one that has it is hidden
         self._mark()
-        self.charts[self.current].focus()
 
     def action_next(self) -> None:
         """Go on by one chart."""

@@ -12,7 +12,7 @@ from textual.widgets import Static
 from localdpo.train.events import SampleEvent
 from localdpo_tui.services.run_view import Note, RunView, chart_models
 from localdpo_tui.shown import one_line
-from localdpo_tui.widgets.chart import HERTZ, Chart, ChartGrid
+from localdpo_tui.widgets.chart import HERTZ, ChartGrid
 
 __all__ = ["RunPane"]
 
@@ -39,6 +39,7 @@ class RunPane(Vertical):
         self.view: RunView | None = None
         self._path_shown = ""
         self._dirty = False
+        self._awaited = False  # the focus is to go to the charts once there are any
 
     def compose(self) -> ComposeResult:
         """Lay out headline, charts and notes from top to bottom."""
@@ -69,8 +70,11 @@ class RunPane(Vertical):
     def focus_first(self) -> None:
         """Put the focus on the chart that was looked at, where there is one."""
         grid = self.query_one(ChartGrid)
-        target = grid.charts[grid.current] if grid.display else self.query_one("#notes")
-        target.focus()
+        if grid.display:
+            grid.charts[grid.current].focus()
+        else:
+            self._awaited = True
+            self.screen.set_focus(None)
 
     def _show_charts(self, shown: bool) -> None:
         self.query_one(ChartGrid).display = shown
@@ -88,10 +92,10 @@ class RunPane(Vertical):
         self._dirty = False
         known = view.status is not None or view.last is not None
         if self.query_one(ChartGrid).display != known:
-            had_focus = isinstance(self.screen.focused, Chart)
             self._show_charts(known)
-            if known and not had_focus and self.screen.focused is None:
+            if known and self._awaited and self.screen.focused is None:
                 self.focus_first()
+            self._awaited = False
         name = Content.styled(one_line(self._path_shown), "bold")
         head = Content.assemble(name, "  ", one_line(view.headline()))
         figures = view.figures()
