@@ -82,6 +82,25 @@ def test_a_dialogue_in_the_prompt_may_go_on_in_the_answer():
     assert row_codes(pair("Continue:\nHuman: hi\nAI: hello", "AI: hello\nHuman: bye", "no")) == ()
 
 
+@pytest.mark.parametrize(
+    ("refuses", "helps"),
+    [
+        ("很抱歉,我无法回答这个问题。", "抱歉让您久等了。答案是四十二。"),
+        ("作為語言模型,我不能提供醫療建議。", "我不能再同意了:春天最好。"),
+        ("申し訳ありませんが、その質問にはお答えできません。", "申し訳ありません。答えは四十二です。"),
+        ("죄송하지만 그 요청은 도와드릴 수 없습니다.", "죄송합니다. 답은 42입니다."),
+        ("Lo siento, pero no puedo ayudarte con eso.", "Lo siento por la espera. Es el martes."),
+        ("Je suis désolé, mais je ne peux pas répondre.", "Désolé pour l'attente. C'est mardi."),
+        ("Es tut mir leid, aber dabei kann ich Ihnen nicht helfen.", "Leider regnet es. Nimm einen Schirm."),
+        ("Desculpe, mas não posso ajudar com isso.", "Desculpe a demora. É na terça."),
+        ("Mi dispiace, ma non posso aiutarti.", "Mi dispiace per l'attesa. È martedì."),
+    ],
+)
+def test_refusals_in_other_languages(refuses: str, helps: str):
+    assert is_refusal(refuses)
+    assert not is_refusal(helps)
+
+
 def test_refusals_are_told_from_apologies():
     assert is_refusal("I'm sorry, but I can't help with that.")
     assert is_refusal("As an AI language model, I do not have feelings.")

@@ -51,6 +51,22 @@ _REFUSAL = re.compile(
     r"\b(?:can(?:'|’|no)t|unable|not able|don(?:'|’)t have|do not have)",
     re.IGNORECASE,
 )
+# What models say when they refuse in other languages: an apology or "as an AI", and close behind it that they cannot.
+_REFUSAL_ELSEWHERE = re.compile(
+    r"(?:抱歉|对不起|對不起|很遗憾|很遺憾|作为(?:一个|一名)?(?:ai|人工智能|语言模型)|作為(?:一個|一名)?(?:ai|人工智慧|語言模型))"
+    r"[^。！？\n]{0,40}(?:无法|無法|不能|没有能力|沒有能力)"
+    r"|(?:申し訳|すみません|aiとして|言語モデルとして)[^。\n]{0,40}(?:できません|できかねます|お答えできない)"
+    r"|(?:죄송|ai로서|언어 모델로서)[^.\n]{0,40}(?:수 없|불가능)"
+    r"|\b(?:lo siento|lo lamento|como (?:una? )?(?:ia|modelo de lenguaje|inteligencia artificial))\b"
+    r"[^.!?\n]{0,60}\bno puedo\b"
+    r"|\b(?:désolée?|je regrette|en tant qu(?:e|'|’) ?(?:ia|intelligence artificielle|modèle de langage|assistant))\b"
+    r"[^.!?\n]{0,60}\bje ne (?:peux|suis|dispose)\b"
+    r"|\b(?:es tut mir leid|tut mir leid|leider|entschuldigung|als (?:ki|künstliche intelligenz|sprachmodell))\b"
+    r"[^.!?\n]{0,60}\b(?:kann ich (?:\w+ ){0,4}nicht|ich kann (?:\w+ ){0,4}nicht|darf ich (?:\w+ ){0,4}nicht)\b"
+    r"|\b(?:desculpe|sinto muito|lamento|como (?:uma? )?(?:ia|modelo de linguagem))\b[^.!?\n]{0,60}\bnão posso\b"
+    r"|\b(?:mi dispiace|come (?:ia|modello linguistico))\b[^.!?\n]{0,60}\bnon posso\b",
+    re.IGNORECASE,
+)
 _REFUSAL_WITHIN = 200
 _NOT_WORD = re.compile(r"[\W_]+")
 _LANGUAGE_SAMPLE = 400
@@ -62,8 +78,12 @@ def strip_escapes(text: str) -> str:
 
 
 def is_refusal(answer: str) -> bool:
-    """Return whether an answer starts by refusing or by saying what an AI cannot do (in English)."""
-    return _REFUSAL.search(answer[:_REFUSAL_WITHIN]) is not None
+    """Return whether an answer starts by refusing or by saying what an AI cannot do.
+
+    Known in English, Chinese, Japanese, Korean, Spanish, French, German, Portuguese and Italian.
+    """
+    start = answer[:_REFUSAL_WITHIN]
+    return _REFUSAL.search(start) is not None or _REFUSAL_ELSEWHERE.search(start) is not None
 
 
 def same_words(first: str, second: str) -> bool:
