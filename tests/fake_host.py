@@ -32,6 +32,7 @@ class FakeModelHost:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.error: LocalDPOError | None = None
         self.cancelled = 0
+        self.rested = 0
         self.closed = False
         self.tokens_per_second = tokens_per_second
         self._loaded: Loaded | None = None
@@ -111,6 +112,10 @@ class FakeModelHost:
             )
             for row in rows
         ]
+
+    async def rest(self) -> bool:
+        self.rested += 1
+        return True
 
     async def close(self) -> None:
         self.closed = True

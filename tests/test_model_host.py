@@ -209,6 +209,25 @@ def test_a_host_that_was_killed_is_told_and_comes_back(model):
     run(scenario)
 
 
+def test_a_host_at_rest_has_no_process_and_answers_again(model):
+    async def scenario(host: ModelHost) -> None:
+        assert not await host.rest()  # there was none
+        await host.load(str(model))
+        first = host.pid
+        async with aclosing(host.generate(QUESTION, options=LONG)) as parts:
+            async for part in parts:
+                if isinstance(part, Delta):
+                    assert not await host.rest()  # it is at work
+                    break
+        assert host.pid == first
+        assert await host.rest()
+        assert (host.running, host.loaded) == (False, None)
+        assert len(await answers(host, options=SHORT)) == 1
+        assert host.pid not in (None, first)
+
+    run(scenario)
+
+
 def test_closing_ends_a_host_that_is_answering(model):
     async def scenario(host: ModelHost) -> None:
         assert (await host.count_tokens(str(model), []), host.loaded) == ([], None)  # weights are not needed to count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from localdpo_tui.services.correction import Correction
 from localdpo_tui.widgets.editor import SafeTextArea
 from rich.cells import cell_len
 from textual.pilot import Pilot
-from textual.widgets import Input, OptionList
+from textual.widgets import DataTable, Input, OptionList
 
 from localdpo.data.pairs import Message, read_pairs
 from localdpo.data.provenance import origin_of, provenance_of
@@ -270,6 +271,29 @@ def test_blind_ab_gives_a_win_rate_and_goes_on_another_day(tmp_path: Path, size:
         assert len([kind for kind, _ in host.asked if kind == "generate"]) == 6  # none was made twice
         (test,) = blind_tests(run)
         assert test.win_rate().wins == 3
+
+    asyncio.run(body())
+
+
+def test_two_marked_runs_are_judged_against_each_other(tmp_path: Path):
+    second = a_run(tmp_path)
+    first = second.with_name("earlier")
+    shutil.copytree(second, first)
+    (first / "adapter" / "adapters.safetensors").write_bytes(b"other weights")
+
+    async def body() -> None:
+        host = FakeModelHost(lambda messages, adapter, *_: f"{adapter} {messages[-1]['content']}")
+        async with started(tmp_path, (80, 24), host, place="runs") as (app, pilot):
+            await until(pilot, lambda: app.screen.query_one(DataTable).row_count == 2)
+            await until(pilot, lambda: app.screen.query_one(DataTable).has_focus)
+            await pilot.press("home", "space", "down", "space", "ctrl+b")
+            await until(pilot, lambda: isinstance(app.screen, BlindScreen))
+            assert isinstance(app.screen, BlindScreen)
+            shown = app.screen
+            await until(pilot, lambda: shown.judging.current() is not None)
+            pair = shown.judging.current()
+            assert pair is not None
+            assert {"earlier" in pair.first, "earlier" in pair.second} == {True, False}
 
     asyncio.run(body())
 

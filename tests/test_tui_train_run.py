@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fake_host import FakeModelHost
 from localdpo_tui.services import preflight, trainer
 from localdpo_tui.widgets.chart import Chart
 from localdpo_tui.widgets.check_pane import CheckPane
@@ -185,10 +186,13 @@ async def test_start_asks_whether_to_go_on_and_starts_a_trainer(folder, monkeypa
         return Started()
 
     monkeypatch.setattr(trainer, "start", start)
-    async with started(folder, place="train") as (_, pilot):
+    host = FakeModelHost()
+    async with started(folder, place="train", host=host) as (app, pilot):
         await seen(pilot, "• model")
+        await app.host.load("smollm2-135m")  # as a chat did before
         await pilot.press("r")
         await until(pilot, lambda: calls)
+        assert host.rested == 1
         assert calls[0] == (folder / "recipes" / "mine.yaml", folder, {"resume": False, "overrides": ()})
         await seen(pilot, "no run yet")
     make_run(folder / "runs" / "mine", steps=4, state="stopped")

@@ -6,8 +6,7 @@ It reads run folders and never a model. Training itself is the Train place's; th
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +24,12 @@ from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.places.base import Place
 from localdpo_tui.services import run_list
 from localdpo_tui.services.kept import Kept, keep_run, read_kept, roll_back
-from localdpo_tui.services.run_list import Curves, RunRow, recipe_differences, share_text
+from localdpo_tui.services.run_list import Curves, RunRow, share_text
 from localdpo_tui.services.run_view import state_sign
 from localdpo_tui.services.viewer import open_file
 from localdpo_tui.shown import fit, one_line
 from localdpo_tui.widgets.chart import ChartGrid
+from localdpo_tui.widgets.run_details import about, differences
 
 POLL_SECONDS = 2.0
 _COLUMNS = (
@@ -67,6 +67,9 @@ class RunsPlace(Place):
         Action("runs.keep", "k", "Keep", "Keep this run as the current one."),
         Action("runs.roll_back", "b", "Roll back", "Go back to the run that was kept before."),
         Action("runs.chat", "t", "Talk", "Talk to this run's model."),
+        Action(
+            "runs.blind", "ctrl+b", "Blind A/B", "Judge two marked runs, or this one and its base, names hidden."
+        ),
         Action("runs.watch", "w", "Watch", "Show this run in Train, with all its charts and answers."),
         Action("runs.resume", "g", "Go on", "Go on with this run from its checkpoint."),
         Action("runs.report", "o", "Report", "Open this run's report."),
@@ -203,7 +206,7 @@ class RunsPlace(Place):
         marked = [row for path in self.marked for row in self.rows if row.path == path]
         current = self.current
         shown = marked if len(marked) == 2 else [current] if current is not None else []
-        details = list(_differences(*marked)) if len(marked) == 2 else list(self._about(shown))
+        details = list(differences(*marked)) if len(marked) == 2 else list(about(shown, self.kept.current))
         pane = self.query_one("#details")
         pane.border_title = Content("A and B" if len(marked) == 2 else one_line(shown[0].name if shown else "Details"))
         self.query_one("#said", Static).update(Content("\n").join(details))
@@ -217,23 +220,6 @@ class RunsPlace(Place):
         if known is None or known[0] != size:
             known = self._curves[path] = size, run_list.curves(run)
         return known[1]
-
-    def _about(self, shown: Sequence[RunRow]) -> Iterator[Content]:
-        for row in shown:
-            yield Content.assemble((f"{state_sign(row.state)} {row.state}", "bold"), f"  {one_line(row.model)}")
-            if row.message:
-                yield Content(one_line(row.message, 1000))
-            if row.name == self.kept.current:
-                yield Content.styled("★ the current run: Chat opens it first", "$text-success")
-            yield Content("")
-            for name, _, value in run_list.compared_figures(row, row):
-                yield Content(f"{name:20} {value}")
-            yield Content("")
-            for line in row.lines:
-                yield Content(one_line(line, 400))
-            if not row.adapter:
-                yield Content.styled("No adapter yet: a run has one when it finishes or is stopped.", "$text-muted")
-            yield Content.styled("Space marks a run; two marked ones are compared.", "$text-muted")
 
     def action_compare(self) -> None:
         """Mark or unmark the highlighted run; a third mark replaces the first."""
@@ -345,6 +331,22 @@ class RunsPlace(Place):
         if row is not None:
             self.app.go("chat", run=self._link(row))
 
+    @work(group="blind")
+    async def action_blind(self) -> None:
+        """Judge two marked runs against each other, else the highlighted one against its base."""
+        from localdpo_tui.screens.blind import open_blind
+
+        match self._judged():
+            case [only]:
+                await open_blind(self.app, only.path)
+            case [first, second]:
+                await open_blind(self.app, second.path, first.path)
+
+    def _judged(self) -> list[RunRow]:
+        if len(self.marked) == 2:
+            return [row for path in self.marked for row in self.rows if row.path == path]
+        return [self.current] if self.current is not None else []
+
     def action_watch(self) -> None:
         """Show the highlighted run in Train."""
         row = self.current
@@ -380,6 +382,8 @@ class RunsPlace(Place):
         match action:
             case "keep" | "chat":
                 return row is not None and row.adapter
+            case "blind":
+                return bool(self._judged()) and all(one.adapter for one in self._judged())
             case "resume":
                 return row is not None and row.resumable
             case "report":
@@ -393,23 +397,3 @@ class RunsPlace(Place):
             case "undo":
                 return bool(self._deleted)
         return True
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _differences(first: RunRow, second: RunRow) -> Iterator[Content]:
-    """Figures and recipes of two runs side by side."""
-    yield Content.assemble(("A ", "bold"), one_line(first.name), ("   B ", "bold"), one_line(second.name))
-    yield Content("")
-    for name, left, right in run_list.compared_figures(first, second):
-        yield Content(f"{name:20} {fit(left or '-', 12)} {right or '-'}")
-    yield Content("")
-    differences = recipe_differences(first.recipe, second.recipe)
-    if not differences:
-        yield Content.styled("Their recipes are the same.", "$text-muted")
-        return
-    yield Content.styled("Recipes differ in", "bold")
-    for key, left, right in differences:
-        yield Content.assemble(one_line(key), ": ", one_line(_plain(left)), " → ", one_line(_plain(right)))

@@ -336,6 +336,8 @@ class TrainPlace(Place):
         from localdpo_tui.services import trainer
 
         self.app.tell("Going on from the last checkpoint." if resume else "The trainer is starting.")
+        if self.app.host_started:
+            await self.app.host.rest()  # two models at a time may be more than a laptop holds
         try:
             self._trainer = await asyncio.to_thread(
                 trainer.start, recipe, self.workspace.folder, resume=resume, overrides=overrides

@@ -168,6 +168,19 @@ class ModelHost:
                     return answer.rows
         raise AssertionError("the host ended an answer without saying so")
 
+    async def rest(self) -> bool:
+        """End the process to free the model's memory, unless it is at work; the next answer starts and loads it again.
+
+        Returns whether it was ended.
+        """
+        async with self._starting:
+            process = self._process
+            if process is None or self._asked or self._closed:
+                return False
+            await _end(process)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            return True
+
     async def close(self) -> None:
         """End the process, within 300 ms whatever it is doing. What is under way fails."""
         self._closed = True
@@ -175,14 +188,7 @@ class ModelHost:
         process = self._process
         if process is None:
             return
-        if process.stdin is not None:
-            process.stdin.close()
-        try:
-            await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await _end(process)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -312,3 +318,15 @@ class ModelHost:
         )
         for answers in self._asked.values():
             answers.put_nowait(fault)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """A host ends with its stdin; one that doesn't soon is killed."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), CLOSE_SECONDS)
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
