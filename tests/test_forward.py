@@ -16,8 +16,9 @@ from tiny import randomise_adapter
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import NotUnderstood
-from localdpo.dpo.forward import Checkpointed, Forward, choose_forward, exact_logps
+from localdpo.dpo.forward import Forward, choose_forward, exact_logps
 from localdpo.dpo.packing import pack
+from localdpo.dpo.recompute import Checkpointed
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 

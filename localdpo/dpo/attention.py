@@ -47,10 +47,15 @@ class Window:
 class PackedCache:
     """Stands in for every layer's KV cache while a packed batch runs once."""
 
-    def __init__(self, batch: PackedBatch, *, fused: bool) -> None:
-        """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU)."""
+    def __init__(self, batch: PackedBatch, *, fused: bool, frugal: bool = False) -> None:
+        """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU).
+
+        Ours keeps its weights for the gradient, as many as there is context a token; ``frugal`` makes them again,
+        as FlashAttention does (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+        """
         self.batch = batch
         self.fused = fused
+        self.frugal = frugal
         self.offset = mx.array(batch.positions)
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] | None = None
@@ -110,12 +115,13 @@ class PackedCache:
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
+        attend = _keeps_rows if self.frugal else _keeps_weights
         parts = []
         for block in blocks:
             spans = _spans(block)
             mask = self._mask(block, window, _penalties)
             own = queries[:, :, block.start : block.stop]
-            parts.append(_softmax_attention(own, _take(keys, spans), _take(values, spans), mask)[0])
+            parts.append(attend(own, _take(keys, spans), _take(values, spans), mask)[0])
         return _joined(parts).reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
     def _mask(self, block: Segment, window: int | None, form: Callable[[np.ndarray], np.ndarray]) -> mx.array:
@@ -148,37 +154,68 @@ def _take(x: mx.array, spans: tuple[tuple[int, int], ...]) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
 
 
-def _attention_forward(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array]:
+def _weights_forward(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
     """queries [K, G, n, D] scaled, keys, values [K, m, D], mask [n, m] -> out [K, G, n, D], weights [K, G*n, m]."""
-    kv_heads, groups, length, width = queries.shape
-    context = keys.shape[1]
-    scores = queries.reshape(kv_heads, groups * length, width) @ keys.swapaxes(1, 2)
-    scores = scores.reshape(kv_heads, groups, length, context) + mask
+    scores = _scores(queries, keys, mask)
     weights = fastmath.exp(scores - mx.max(scores, axis=-1, keepdims=True))
     weights = weights * mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
-    weights = weights.reshape(kv_heads, groups * length, context)
-    return (weights @ values).reshape(kv_heads, groups, length, -1), weights
+    weights = _flat(weights)
+    return (weights @ values).reshape(*queries.shape[:3], -1), weights
 
 
-def _attention_backward(
+def _weights_backward(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, ...]:
+    return _attention_gradient(primals, cotangents[0], *outputs)
+
+
+def _rows_forward(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Like :func:`_weights_forward`, with a row's top and scale in place of its weights exp(scores - top) * scale."""
+    scores = _scores(queries, keys, mask)
+    top = mx.max(scores, axis=-1, keepdims=True)
+    weights = fastmath.exp(scores - top)
+    scale = mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
+    return (_flat(weights * scale) @ values).reshape(*queries.shape[:3], -1), top, scale
+
+
+def _rows_backward(
+    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, mx.array, mx.array]
+) -> tuple[mx.array, ...]:
+    queries, keys, _, mask = primals
+    out, top, scale = outputs
+    # Not before the gradient is here, or weights of all layers would lie ready and wait for it.
+    queries, keys = mx.depends([queries, keys], [cotangents[0]])
+    weights = _flat(fastmath.exp(_scores(queries, keys, mask) - top) * scale)
+    return _attention_gradient(primals, cotangents[0], out, weights)
+
+
+def _scores(queries: mx.array, keys: mx.array, mask: mx.array) -> mx.array:
+    return (_flat(queries) @ keys.swapaxes(1, 2)).reshape(*queries.shape[:3], -1) + mask
+
+
+def _flat(x: mx.array) -> mx.array:
+    """[K, G, n, m] -> [K, G*n, m]."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _attention_gradient(
+    primals: tuple[mx.array, ...], into_out: mx.array, out: mx.array, weights: mx.array
+) -> tuple[mx.array, ...]:
     queries, keys, values, mask = primals
-    kv_heads, groups, length, width = queries.shape
-    out, weights = outputs
-    into_out = cotangents[0].reshape(kv_heads, groups * length, -1)
-    into_values = weights.swapaxes(1, 2) @ into_out
     # Softmax's gradient needs sum(weights * into_weights) a row, which equals sum(out * into_out).
-    along = mx.sum(cotangents[0] * out, axis=-1).reshape(kv_heads, groups * length, 1)
-    into_scores = weights * (into_out @ values.swapaxes(1, 2) - along)
+    along = mx.sum(into_out * out, axis=-1)
+    into_out = _flat(into_out)
+    into_values = weights.swapaxes(1, 2) @ into_out
+    into_scores = weights * (into_out @ values.swapaxes(1, 2) - along.reshape(*into_out.shape[:2], 1))
     into_queries = (into_scores @ keys).reshape(queries.shape)
-    into_keys = into_scores.swapaxes(1, 2) @ queries.reshape(kv_heads, groups * length, width)
+    into_keys = into_scores.swapaxes(1, 2) @ _flat(queries)
     return into_queries, into_keys, into_values, mx.zeros_like(mask)
 
 
-_softmax_attention = with_vjp(_attention_forward, _attention_backward)
+_keeps_weights = with_vjp(_weights_forward, _weights_backward)
+_keeps_rows = with_vjp(_rows_forward, _rows_backward)
 
 
 def install(model: nn.Module, *, fast_activations: bool) -> None:

@@ -10,8 +10,7 @@ Neither knows anything about losses or references.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
 from localdpo.dpo.attention import PackedCache, install
 from localdpo.dpo.packing import PackedBatch, pack, sequence_of
+from localdpo.dpo.recompute import Checkpointed, Frugal, is_gated_mlp
 from localdpo.dpo.trunk import TrunkCache, gather, scatter
 from localdpo.model.device import on_cpu
 
@@ -41,54 +41,13 @@ class Forward(Protocol):
         """Log-probs float32 [N]; membership float32 [2B, N], 1 where a prediction belongs; tokens run."""
         ...
 
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+        """What :meth:`logits` takes, a row for each prediction [N, ...], and the membership of :meth:`run`."""
+        ...
 
-class Checkpointed:
-    """Stands in for a layer and recomputes it in the backward pass instead of keeping its activations.
-
-    Whatever a gradient flows through is an argument of the checkpointed function: the layer's trainable arrays, and
-    what earlier layers hand over beside the hidden states (keys and values, in some architectures). Captured, it
-    would get none. Dropout draws the same mask both times.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer."""
-        layer = self._layer
-        outside = layer.trainable_parameters()
-        seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if _drops_out(layer) else None
-
-        def inner(parameters: Any, args: Any, kwargs: Any) -> Any:
-            layer.update(parameters)
-            with _random_from(seed):
-                return layer(*args, **kwargs)
-
-        out = mx.checkpoint(inner)(outside, args, kwargs)
-        layer.update(outside)
-        return out
-
-
-def _drops_out(layer: nn.Module) -> bool:
-    return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in layer.modules())
-
-
-@contextmanager
-def _random_from(seed: int | None) -> Iterator[None]:
-    """Draw from ``seed`` within the block, and go on with MLX's own random state after it."""
-    if seed is None:
-        yield
-        return
-    state: Any = mx.random.state
-    high, low = state[0].tolist()
-    mx.random.seed(seed)
-    try:
-        yield
-    finally:
-        mx.random.seed(high << 32 | low)
+    def logits(self, predictions: mx.array) -> mx.array:
+        """Logits float32 [n, V] of n rows of :meth:`predictions`; take few at a time."""
+        ...
 
 
 class Skipped:
@@ -115,9 +74,12 @@ class SharedForward:
         self.anatomy = anatomy
         self.trunk: TrunkCache | None = None
         self.cut = 0
+        self.frugal = False
+        """Keep less for the backward pass (``recompute.Frugal``), for some 8 % more time; the numbers are the same."""
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
         install(model, fast_activations=on_cpu())
+        self._gated = {id(layer) for layer in anatomy.layers if is_gated_mlp(layer)}
 
     def start_at(self, trunk: TrunkCache, cut: int) -> bool:
         """From now on run only the layers from ``cut`` on, over states kept in ``trunk``.
@@ -177,25 +139,44 @@ class SharedForward:
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
         batch = pack(pairs)
-        hidden = self._body(batch, self._layers(batch, pairs, checkpoint and grad))
+        hidden = self._body(batch, self._layers(batch, pairs, self._keeping(grad, checkpoint)))
         logps = self.anatomy.head.logps(hidden[mx.array(batch.rows)], mx.array(batch.targets), grad=grad)
         return logps, batch.membership(), len(batch.tokens)
 
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+        """See :class:`Forward`: hidden states."""
+        batch = pack(pairs)
+        hidden = self._body(batch, self._layers(batch, pairs, self.anatomy.layers))
+        return hidden[mx.array(batch.rows)].astype(mx.float32), batch.membership()
+
+    def logits(self, predictions: mx.array) -> mx.array:
+        """See :class:`Forward`."""
+        return self.anatomy.head.logits(predictions)
+
     def _body(self, batch: PackedBatch, layers: Sequence[Any], *, final_norm: bool = True) -> mx.array:
         """The body's output [T, D], before its last norm where asked."""
-        cache = PackedCache(batch, fused=self._fused)
+        cache = PackedCache(batch, fused=self._fused, frugal=self.frugal)
         with self.anatomy.replaced_layers(layers, final_norm=final_norm):
             out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
         hidden: mx.array = out[:, 0]
         return hidden
 
-    def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], checkpoint: bool) -> list[Any]:
+    def _keeping(self, grad: bool, checkpoint: bool) -> list[Any]:
+        """The layers, each standing for how much of it is kept for the backward pass."""
         layers = self.anatomy.layers
-        above = [Checkpointed(layer) for layer in layers[self.cut :]] if checkpoint else list(layers[self.cut :])
+        if not grad:
+            return list(layers)
+        if checkpoint:
+            return [Checkpointed(layer) for layer in layers]
+        return [Frugal(layer) if self.frugal and id(layer) in self._gated else layer for layer in layers]
+
+    def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], layers: Sequence[Any]) -> list[Any]:
+        above = list(layers[self.cut :])
         if not self.cut:
             return above
         states = mx.array(gather(batch, pairs, self.states(pairs)))[:, None]
-        return [*(Skipped(layer) for layer in layers[: self.cut - 1]), Skipped(layers[self.cut - 1], states), *above]
+        below = self.anatomy.layers[: self.cut]
+        return [*(Skipped(layer) for layer in below[:-1]), Skipped(below[-1], states), *above]
 
 
 class PlainForward:
@@ -211,26 +192,9 @@ class PlainForward:
         self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
-        sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
-        completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-        width = max(len(sequence) for sequence in sequences)
-        ids = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in sequences])
-        rows, targets, membership = [], [], np.zeros((len(sequences), sum(map(len, completions))), np.float32)
-        done = 0
-        for index, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
-            last = index * width + len(sequence)
-            rows.append(np.arange(last - len(completion), last))
-            targets.append(completion)
-            membership[index, done : done + len(completion)] = 1.0
-            done += len(completion)
-        logps = self._predict(
-            mx.array(ids.astype(np.int32)),
-            mx.array(np.concatenate(rows).astype(np.int32)),
-            mx.array(np.concatenate(targets).astype(np.int32)),
-            grad,
-            checkpoint,
-        )
-        return logps, membership, sum(map(len, sequences))
+        ids, rows, targets, membership = _padded(pairs)
+        logps = self._predict(mx.array(ids), mx.array(rows), mx.array(targets), grad, checkpoint)
+        return logps, membership, sum(pair.num_tokens + len(pair.prompt_ids) - 2 for pair in pairs)
 
     def _predict(self, ids: mx.array, rows: mx.array, targets: mx.array, grad: bool, checkpoint: bool) -> mx.array:
         if self.anatomy is None:
@@ -241,6 +205,33 @@ class PlainForward:
         with self.anatomy.replaced_layers(stand_ins):
             hidden = self.anatomy.body(ids, cache=None)
         return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)
+
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+        """See :class:`Forward`: hidden states, or the logits themselves of a model whose insides are not known."""
+        ids, rows, _, membership = _padded(pairs)
+        out = self.model(mx.array(ids)) if self.anatomy is None else self.anatomy.body(mx.array(ids), cache=None)
+        return out.reshape(-1, out.shape[-1])[mx.array(rows)].astype(mx.float32), membership
+
+    def logits(self, predictions: mx.array) -> mx.array:
+        """See :class:`Forward`."""
+        return predictions if self.anatomy is None else self.anatomy.head.logits(predictions)
+
+
+def _padded(pairs: Sequence[EncodedPair]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Ids [2B, width] right-padded; the flat rows that predict and their targets, int32 [N]; membership [2B, N]."""
+    sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
+    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    width = max(len(sequence) for sequence in sequences)
+    ids = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in sequences])
+    rows, membership = [], np.zeros((len(sequences), sum(map(len, completions))), np.float32)
+    done = 0
+    for index, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
+        last = index * width + len(sequence)
+        rows.append(np.arange(last - len(completion), last))
+        membership[index, done : done + len(completion)] = 1.0
+        done += len(completion)
+    targets = np.concatenate(completions).astype(np.int32)
+    return ids.astype(np.int32), np.concatenate(rows).astype(np.int32), targets, membership
 
 
 def exact_logps(logits: mx.array, targets: mx.array) -> mx.array:

@@ -18,17 +18,15 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from localdpo.data.encode import EncodedPair
+from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, keeps_little, mode_of
+from localdpo.dpo.divergence import token_kl
 from localdpo.dpo.forward import Path, SharedForward, choose_forward
 from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
 from localdpo.dpo.trunk import TrunkCache
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import lane_streams, on_cpu
-from localdpo.model.frozen import linear_dims
+from localdpo.model.frozen import is_lean, linear_dims
 from localdpo.model.lora import adapters_off
-
-CPU_STREAMS = 2
-"""Measured: two streams with a single-threaded BLAS each beat one stream with two threads (docs/decisions)."""
-MICRO_BATCH_TOKENS = {"cpu": 768, "gpu": 4096}
 
 Gradients = dict[str, mx.array]
 
@@ -86,10 +84,14 @@ class PairScorer:
         """``max_tokens`` bounds a micro-batch (a longer single pair still runs, alone)."""
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
-        self.max_tokens = max_tokens or MICRO_BATCH_TOKENS["cpu" if on_cpu() else "gpu"]
-        self._streams = lane_streams(CPU_STREAMS)
+        mode = mode_of("cpu" if on_cpu() else "gpu", "lean" if is_lean(model) else "")
+        self.max_tokens = max_tokens or MICRO_BATCH_TOKENS[mode]
+        self._streams = lane_streams(CPU_STREAMS[mode])
         with blas_threads_within(1), _evaluating(model):
             self._forward, self.path_reason = choose_forward(model, path)
+        if isinstance(self._forward, SharedForward):
+            layers = self._forward.anatomy.layers
+            self._forward.frugal = keeps_little(mode, sum(map(_trains, layers)), len(layers))
 
     @property
     def path(self) -> Path:
@@ -101,7 +103,7 @@ class PairScorer:
         """Layers below the lowest one with anything to train; 0 where a pass cannot start above them."""
         if not isinstance(self._forward, SharedForward) or not self._forward.anatomy.has_norm:
             return 0
-        trainable = [bool(tree_flatten(layer.trainable_parameters())) for layer in self._forward.anatomy.layers]
+        trainable = list(map(_trains, self._forward.anatomy.layers))
         return trainable.index(True) if any(trainable) else 0
 
     def use_trunk(self, folder: FilePath, fingerprint: str) -> bool:
@@ -142,6 +144,28 @@ class PairScorer:
         """Like :meth:`logps`, of the base: the adapters are swapped out, exactly."""
         with adapters_off(self.model):
             return self.logps(pairs)
+
+    def base_kl(self, pairs: Sequence[EncodedPair]) -> np.ndarray:
+        """KL(base || model) in nats, summed over the tokens of each completion: float32 [B, 2], chosen and rejected.
+
+        Both models read the same text and say what comes next; the base is the model with its adapters swapped out.
+        """
+        sums = np.zeros((len(pairs), 2), np.float32)
+        with blas_threads_within(1), _evaluating(self.model):
+            for round_ in self._rounds(pairs):
+                self._prepare(pairs, round_)
+                results = []
+                for stream, group in zip(self._streams, round_, strict=False):
+                    with mx.stream(stream):
+                        rows = [pairs[i] for i in group]
+                        tuned, membership = self._forward.predictions(rows)
+                        with adapters_off(self.model):
+                            base, _ = self._forward.predictions(rows)
+                        results.append(mx.array(membership) @ token_kl(self._forward.logits, base, tuned))
+                mx.eval(results)
+                for group, result in zip(round_, results, strict=True):
+                    sums[group] = np.array(result).reshape(-1, 2)
+        return sums
 
     def loss_and_grad(
         self, window: Sequence[EncodedPair], reference: PairLogps | None, settings: LossSettings
@@ -236,6 +260,10 @@ class PairScorer:
         groups = split_by_tokens(pairs, self.max_tokens, lanes)
         for start in range(0, len(groups), lanes):
             yield groups[start : start + lanes]
+
+
+def _trains(layer: nn.Module) -> bool:
+    return bool(tree_flatten(layer.trainable_parameters()))
 
 
 def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:

@@ -29,6 +29,11 @@ ROW_BLOCK = 512
 _HALF = (mx.float16, mx.bfloat16)
 
 
+def is_lean(model: nn.Module) -> bool:
+    """Whether ``model`` holds its base as it is stored, and was prepared for a CPU so."""
+    return any(isinstance(module, _LEAN_TYPES) for module in model.modules())
+
+
 def linear_dims(module: nn.Module) -> tuple[int, int]:
     """Columns and rows of the dense weight, however it is stored.
 

@@ -175,12 +175,14 @@ def estimate_memory(
     dense: bool = False,
     compute_bytes: int = 2,
     checkpointing: bool = False,
+    frugal: bool = False,
     weight_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a DPO step with ``trainable`` adapter weights in the top ``lora_layers`` blocks.
 
     ``stored_bits`` a weight as the base is stored (4.5: four bits with a scale and bias for 64),
     ``dense``: held as float32 instead (the fast path of a CPU); ``compute_bytes`` of one activation.
+    ``frugal``: less is kept for the backward pass (``dpo.budget.keeps_little``).
     ``weight_bytes`` is the base as it was measured, where it is loaded already.
     """
     if weight_bytes is None:
@@ -190,23 +192,27 @@ def estimate_memory(
         weights=weight_bytes,
         adapters=2 * 4 * trainable,  # float32, and as many gradients
         optimizer=2 * 4 * trainable,
-        activations=_activations(shape, workload, trained, checkpointing) * compute_bytes,
+        activations=_activations(shape, workload, trained, checkpointing, frugal) * compute_bytes,
         # Logits, their exponentials and the rows of the head they are made with, a tile at a time.
         logits=4 * 4 * min(workload.head_tile, workload.tokens * shape.vocab),
         caches=_caches(shape, workload, compute_bytes),
     )
 
 
-def _activations(shape: ModelShape, workload: Workload, trained: int, checkpointing: bool) -> int:
+def _activations(shape: ModelShape, workload: Workload, trained: int, checkpointing: bool, frugal: bool) -> int:
     """Numbers kept for the backward pass: of every trained block, or of one and the inputs of the others.
 
     What a token keeps in a block was fitted to peaks measured on the starter model, from 256 to 1,024
     tokens on a CPU: within 15 %.
     """
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    per_token = 4 * shape.hidden + query + 2 * key + 2 * shape.intermediate
-    # Causal: on average a token attends to half of its context.
-    block = (per_token + shape.heads * workload.context // 2) * workload.tokens
+    per_token = 4 * shape.hidden + query + 2 * key
+    if frugal:
+        kept = per_token + 5 * shape.intermediate // 2 + shape.heads * workload.context // 5
+    else:
+        # Causal: on average a token attends to half of its context.
+        kept = per_token + 2 * shape.intermediate + shape.heads * workload.context // 2
+    block = kept * workload.tokens
     if checkpointing:
         return 2 * block + trained * shape.hidden * workload.tokens
     return (trained + 1) * block

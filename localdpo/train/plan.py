@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
 from localdpo.dpo.attention import CALL_COST
-from localdpo.dpo.scorer import CPU_STREAMS, MICRO_BATCH_TOKENS
+from localdpo.dpo.budget import CPU_STREAMS, keeps_little, mode_of, tokens_alive
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import describe_device, lane_streams
@@ -218,9 +218,8 @@ def _fit_memory(
         return asked is True, None
     on_cpu = loaded.device == "cpu"
     window, longest = sum(sorted(lengths)[-rows_per_step(recipe.train) :]), max(lengths)
-    # On a CPU two micro-batches run side by side.
-    alive = 2 * MICRO_BATCH_TOKENS["cpu"] if on_cpu else MICRO_BATCH_TOKENS["gpu"]
-    tokens = max(longest, min(window, alive))
+    mode = mode_of(loaded.device, loaded.memory)
+    tokens = min(window, tokens_alive(mode, longest))
     workload = Workload(
         tokens=tokens,
         # On a GPU short segments share an attention call, with what each must not see masked.
@@ -236,6 +235,7 @@ def _fit_memory(
             lora_layers=info.num_layers,
             compute_bytes=4 if on_cpu else 2,
             checkpointing=checkpointing,
+            frugal=keeps_little(mode, info.num_layers, shape.layers),
             weight_bytes=_weight_bytes(loaded),
         )
 
@@ -263,7 +263,7 @@ def _matmul_speed(shape: ModelShape, device: str) -> float:
     right = mx.ones((shape.hidden, 2 * shape.intermediate), dtype=dtype)
     mx.eval(left, right)
     best = float("inf")
-    lanes = lane_streams(CPU_STREAMS)
+    lanes = lane_streams(CPU_STREAMS["cpu"])
     with blas_threads_within(1):
         for _ in range(3):
             began = time.perf_counter()

@@ -1,0 +1,33 @@
+"""How much runs at a time, for what runs it and for what estimates it. Plain numbers; never imports mlx."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mode = Literal["cpu", "lean", "gpu"]
+"""Where a model computes; "lean" is a CPU that holds the base as it is stored, to spare memory."""
+
+CPU_STREAMS = {"cpu": 2, "lean": 1, "gpu": 1}
+"""Micro-batches side by side. Measured: two streams with a single-threaded BLAS each beat one stream with two threads
+(docs/decisions/0002)."""
+
+MICRO_BATCH_TOKENS = {"cpu": 768, "lean": 256, "gpu": 4096}
+"""The longest micro-batch, but for a single pair that is longer."""
+
+
+def mode_of(device: str, memory: str) -> Mode:
+    """The mode of a loaded model, by its ``device`` and ``memory``."""
+    return "gpu" if device != "cpu" else "lean" if memory == "lean" else "cpu"
+
+
+def tokens_alive(mode: Mode, longest: int) -> int:
+    """Tokens whose activations are there at once where there is no end of pairs with ``longest`` tokens."""
+    return CPU_STREAMS[mode] * longest * max(1, MICRO_BATCH_TOKENS[mode] // longest)
+
+
+def keeps_little(mode: Mode, trained: int, layers: int) -> bool:
+    """Whether to make again what is cheap to make (``recompute.Frugal``) instead of keeping it, for some 8 % more time.
+
+    Where most layers are trained, what they keep is most of the memory; where few are, the base is.
+    """
+    return mode == "lean" or 2 * trained > layers

@@ -1,0 +1,138 @@
+"""Less memory for the backward pass: what is cheap to make again is made again, not kept.
+
+:class:`Checkpointed` keeps nothing of a layer but its inputs (Chen et al. 2016, arXiv:1604.06174), for a third more
+time. :class:`Frugal` keeps all of a layer that takes a matrix product to make: it costs next to nothing. An adapter on
+``down_proj`` needs that layer's input for its gradient and SwiGLU's gradient the sigmoid, two arrays as wide as the
+MLP for every token; both follow from ``gate`` and ``up`` by multiplications and one exp.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from localdpo.model.frozen import linear_dims
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+_ACTIVATION = "swiglu"
+_MLP = "mlp"
+
+Activation = Callable[[mx.array, mx.array], mx.array]
+
+
+class Checkpointed:
+    """Stands in for a layer and recomputes it in the backward pass instead of keeping its activations.
+
+    Whatever a gradient flows through is an argument of the checkpointed function: the layer's trainable arrays, and
+    what earlier layers hand over beside the hidden states (keys and values, in some architectures). Captured, it
+    would get none. Dropout draws the same mask both times.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        layer = self._layer
+        outside = layer.trainable_parameters()
+        seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if _drops_out(layer) else None
+
+        def inner(parameters: Any, args: Any, kwargs: Any) -> Any:
+            layer.update(parameters)
+            with _random_from(seed):
+                return layer(*args, **kwargs)
+
+        out = mx.checkpoint(inner)(outside, args, kwargs)
+        layer.update(outside)
+        return out
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in layer.modules())
+
+
+@contextmanager
+def _random_from(seed: int | None) -> Iterator[None]:
+    """Draw from ``seed`` within the block, and go on with MLX's own random state after it."""
+    if seed is None:
+        yield
+        return
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    mx.random.seed(seed)
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+class Frugal:
+    """Stands in for a layer whose ``mlp`` is a gated one, and makes the input of its last product again."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer."""
+        layer = self._layer
+        mlp = layer[_MLP]
+        layer[_MLP] = _GatedMLP(mlp)
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            layer[_MLP] = mlp
+
+
+def is_gated_mlp(layer: nn.Module) -> bool:
+    """Whether ``layer.mlp`` is ``down_proj(swiglu(gate_proj(x), up_proj(x)))``: by its parts, and proved by numbers."""
+    mlp = layer.get(_MLP)
+    if not isinstance(mlp, nn.Module) or sorted(mlp.children()) != sorted(_PARTS) or _activation(mlp) is None:
+        return False
+    width, _ = linear_dims(_base(mlp.gate_proj))
+    rows = mx.array(np.random.default_rng(0).standard_normal((3, 1, width)).astype(np.float32))
+    dtype = mlp.gate_proj(rows[:1]).dtype
+    return bool(mx.array_equal(_GatedMLP(mlp)(rows.astype(dtype)), mlp(rows.astype(dtype))))
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The layer that an adapter wraps."""
+    return cast(nn.Module, module.get("linear", module))
+
+
+def _activation(mlp: nn.Module) -> Activation | None:
+    found = vars(sys.modules[type(mlp).__module__]).get(_ACTIVATION)
+    return found if callable(found) else None
+
+
+class _GatedMLP:
+    def __init__(self, mlp: nn.Module) -> None:
+        self._mlp = mlp
+
+    def __call__(self, x: mx.array) -> mx.array:
+        mlp = self._mlp
+        down = Checkpointed(_Down(cast(Activation, _activation(mlp)), mlp.down_proj))
+        return cast(mx.array, down(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+class _Down(nn.Module):
+    """The part that is made again. Its own product is not: nothing in the backward pass asks for it."""
+
+    def __init__(self, activation: Activation, down_proj: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.down_proj = down_proj
+        self._activation = activation
+
+    def __call__(self, gate: mx.array, up: mx.array) -> mx.array:
+        return cast(mx.array, self.down_proj(self._activation(gate, up)))
