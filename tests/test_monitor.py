@@ -1,4 +1,4 @@
-"""Metrics by rows, kinds apart, and the warnings in words."""
+"""Metrics by rows, kinds apart, and the loss of an epoch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import LossSettings, PairLogps
 from localdpo.train.events import EvalEvent, StepEvent
-from localdpo.train.monitor import Scores, Watch, held_out_metrics, row_metrics
+from localdpo.train.monitor import EpochLoss, Scores, held_out_metrics, row_metrics
 
 SETTINGS = LossSettings(beta=0.1, rpo_alpha=1.0)
 
@@ -72,63 +72,10 @@ def test_held_out_loss_by_hand():
     assert metrics["eval_rewards/margins"] == pytest.approx(sum(margins) / 2, abs=1e-6)
 
 
-def _steps(losses, rewards, nll=0.0):
-    return [
-        StepEvent(step=step, metrics={"loss": loss, "rewards/chosen": reward, "nll_loss": nll})
-        for step, (loss, reward) in enumerate(zip(losses, rewards, strict=True), 1)
-    ]
-
-
-def _codes(watch, events):
-    return [(warning.code, warning.step) for event in events for warning in watch.see(event)]
-
-
-def test_chosen_falling_while_the_loss_falls_is_said_once():
-    falling = _steps(np.linspace(0.7, 0.3, 20), np.linspace(0.0, -1.0, 20))
-    codes = _codes(Watch(SETTINGS, 100), falling)
-    assert [code for code, _ in codes] == ["chosen-falling"]
-    assert 8 <= codes[0][1] <= 12
-
-
-@pytest.mark.parametrize(
-    ("losses", "rewards"),
-    [
-        (np.linspace(0.7, 0.3, 20), np.linspace(0.0, 1.0, 20)),  # chosen rises
-        (np.linspace(0.3, 0.7, 20), np.linspace(0.0, -1.0, 20)),  # the loss rises too
-        (np.linspace(0.7, 0.3, 20), np.linspace(0.0, -0.1, 20)),  # a nat is noise
-    ],
-)
-def test_what_is_well_is_not_warned_about(losses, rewards):
-    assert _codes(Watch(SETTINGS, 100), _steps(losses, rewards)) == []
-
-
-def test_loss_near_zero_in_the_first_epoch_is_said_without_its_nll():
-    learned = _steps([0.7, 0.3] + [2.001] * 6, [0.0] * 8, nll=2.0)
-    for event in learned[:2]:
-        event.metrics["nll_loss"] = 0.0
-    assert _codes(Watch(SETTINGS, 8), learned) == [("loss-zero", 5)]
-    assert _codes(Watch(SETTINGS, 4), learned) == []  # by then it is the second epoch
-    assert _codes(Watch(LossSettings(loss_type="hinge", rpo_alpha=1.0), 8), learned) == []
-
-
-def test_rising_held_out_loss_is_said():
-    events = [EvalEvent(step=n, metrics={"eval_loss": loss}) for n, loss in enumerate([1.0, 0.5, 0.6, 0.7, 0.8, 0.9])]
-    assert _codes(Watch(SETTINGS, 8), events) == [("held-out-rising", 4)]
-    bumpy = [EvalEvent(step=n, metrics={"eval_loss": loss}) for n, loss in enumerate([1.0, 0.5, 0.6, 0.55, 0.7, 0.6])]
-    assert _codes(Watch(SETTINGS, 8), bumpy) == []
-
-
 def test_the_mean_loss_of_an_epoch_is_known_at_its_end():
-    watch = Watch(SETTINGS, 3)
-    seen = []
-    for event in _steps([1.0, 2.0, 3.0, 5.0, 5.0, 8.0], [0.0] * 6):
-        watch.see(event)
-        seen.append(watch.finished_epoch_loss)
+    epoch, seen = EpochLoss(3), []
+    for step, loss in enumerate([1.0, 2.0, 3.0, 5.0, 5.0, 8.0], 1):
+        epoch.see(StepEvent(step=step, metrics={"loss": loss}))
+        epoch.see(EvalEvent(step=step, metrics={"eval_loss": 9.0}))
+        seen.append(epoch.finished)
     assert seen == [None, None, 2.0, 2.0, 2.0, 6.0]
-
-
-def test_a_replayed_run_says_nothing_twice():
-    events = _steps(np.linspace(0.7, 0.3, 20), np.linspace(0.0, -1.0, 20))
-    watch = Watch(SETTINGS, 100)
-    watch.replay(events[:14])
-    assert _codes(watch, events[14:]) == []

@@ -1,13 +1,13 @@
-"""What a step and an evaluation are worth saying: metrics under TRL's names, and warnings in words.
+"""What a step and an evaluation come to: metrics under TRL's names.
 
 Metrics are taken over rows, not over means of batches. Rows of kind "retain" are reported apart:
-their rewards say how much was forgotten, not how much was learned. This module does no training.
+their rewards say how much was forgotten, not how much was learned. This module does no training;
+``alarms`` says which figures are bad ones.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import NamedTuple
@@ -17,11 +17,7 @@ import numpy as np
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
-from localdpo.train.events import EvalEvent, Event, StepEvent, WarningEvent
-
-_RECENT = 4
-_LEARNED_LOSS = 0.01
-_FALLEN_NATS = 2.0
+from localdpo.train.events import Event, StepEvent
 
 
 class Scores(NamedTuple):
@@ -82,104 +78,18 @@ def _kind_metrics(scores: Scores, rows: np.ndarray, prefix: str) -> dict[str, fl
 
 
 @dataclass
-class Watch:
-    """Reads a run's events as they come and says, once each, what is going wrong.
+class EpochLoss:
+    """The mean training loss of the latest whole epoch (None before the first), from a run's events."""
 
-    It keeps no state of its own on disk: a resumed run shows it the earlier events again.
-    """
-
-    settings: LossSettings
     steps_per_epoch: int
-    epoch_losses: list[float] = field(default_factory=list)
-    finished_epoch_loss: float | None = None
-    _first: list[tuple[float, float]] = field(default_factory=list)
-    _last: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    _preference: deque[float] = field(default_factory=lambda: deque(maxlen=3))
-    _held_out: list[float] = field(default_factory=list)
-    _said: set[str] = field(default_factory=set)
+    finished: float | None = None
+    _losses: list[float] = field(default_factory=list)
 
-    def replay(self, events: Iterable[Event]) -> None:
-        """See events of an earlier attempt again without a word."""
-        for event in events:
-            list(self.see(event))
-
-    def see(self, event: Event) -> list[WarningEvent]:
-        """Take in one event; returns the warnings it gives rise to."""
-        if isinstance(event, StepEvent):
-            found = self._see_step(event)
-        elif isinstance(event, EvalEvent):
-            found = self._see_evaluation(event)
-        else:
-            return []
-        fresh = [warning for warning in found if warning.code not in self._said]
-        self._said.update(warning.code for warning in fresh)
-        return fresh
-
-    def _see_step(self, event: StepEvent) -> list[WarningEvent]:
-        loss = event.metrics["loss"]
-        if len(self.epoch_losses) == self.steps_per_epoch:
-            self.epoch_losses.clear()
-        self.epoch_losses.append(loss)
-        if len(self.epoch_losses) == self.steps_per_epoch:
-            self.finished_epoch_loss = fmean(self.epoch_losses)
-        warnings = []
-        if "rewards/chosen" in event.metrics:
-            seen = loss, event.metrics["rewards/chosen"]
-            if len(self._first) < _RECENT:
-                self._first.append(seen)
-            self._last.append(seen)
-            warnings += self._chosen_falling(event.step)
-        self._preference.append(loss - self.settings.rpo_alpha * event.metrics.get("nll_loss", 0.0))
-        return warnings + self._learned_by_heart(event.step)
-
-    def _chosen_falling(self, step: int) -> list[WarningEvent]:
-        if step < 2 * _RECENT or self.settings.reference_free or len(self._last) < _RECENT:
-            return []
-        loss_before, reward_before = (fmean(values) for values in zip(*self._first, strict=True))
-        loss_now, reward_now = (fmean(values) for values in zip(*self._last, strict=True))
-        if loss_now >= loss_before or reward_now >= reward_before:
-            return []
-        if reward_now > -_FALLEN_NATS * self.settings.beta:
-            return []
-        return [
-            WarningEvent(
-                step=step,
-                code="chosen-falling",
-                message="The loss falls, but the chosen answers have become less likely than they are to the "
-                f"base (rewards/chosen {reward_now:+.2f}): the model flees the rejected answers more than it "
-                "learns the chosen ones.",
-                fix="Raise dpo.rpo_alpha or dpo.beta, or lower train.learning_rate.",
-            )
-        ]
-
-    def _learned_by_heart(self, step: int) -> list[WarningEvent]:
-        settings = self.settings
-        if step > self.steps_per_epoch or settings.loss_type != "sigmoid" or settings.label_smoothing:
-            return []
-        if len(self._preference) < 3 or fmean(self._preference) >= _LEARNED_LOSS:
-            return []
-        return [
-            WarningEvent(
-                step=step,
-                code="loss-zero",
-                message="The preference loss is near 0 in the first epoch: the pairs are learned by heart, "
-                "and going on can only harm other answers.",
-                fix="Lower train.learning_rate or train.num_train_epochs, or add pairs.",
-            )
-        ]
-
-    def _see_evaluation(self, event: EvalEvent) -> list[WarningEvent]:
-        self._held_out.append(event.metrics["eval_loss"])
-        best = min(self._held_out)
-        recent = self._held_out[-3:]
-        if len(recent) < 3 or not best < recent[0] < recent[1] < recent[2]:
-            return []
-        return [
-            WarningEvent(
-                step=event.step,
-                code="held-out-rising",
-                message=f"The held-out loss has risen three times running, from {best:.3f} at its best to "
-                f"{recent[-1]:.3f}: the model learns its pairs by heart.",
-                fix="The best adapter is kept; set train.early_stopping_patience to stop by itself.",
-            )
-        ]
+    def see(self, event: Event) -> None:
+        """Take in one event."""
+        if not isinstance(event, StepEvent):
+            return
+        self._losses.append(event.metrics["loss"])
+        if len(self._losses) == self.steps_per_epoch:
+            self.finished = fmean(self._losses)
+            self._losses.clear()
