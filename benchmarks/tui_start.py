@@ -88,7 +88,10 @@ class Terminal:
             time.sleep(POLL_SECONDS)
         ready = time.perf_counter() - begin
         time.sleep(SETTLE_SECONDS)
-        pid = int(self.tmux("display-message", "-p", "-t", "one", "#{pane_pid}").stdout)
+        pid_text = self.tmux("display-message", "-p", "-t", "one", "#{pane_pid}").stdout.strip()
+        if not pid_text:
+            raise SystemExit(f"{program.name} ended by itself")
+        pid = int(pid_text)
         tree = psutil.Process(pid)
         rss = sum(process.memory_info().rss for process in (tree, *tree.children(recursive=True)))
         begin = time.perf_counter()

@@ -7,14 +7,26 @@ slow. What is shown is in `localdpo.console`.
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 P = ParamSpec("P")
+
+
+class _ListsByDefault(TyperGroup):
+    """A group whose command `list` is meant where none is named: a folder is no command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `list` before arguments that do not begin with a command."""
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return list(super().parse_args(ctx, args if named else ["list", *args]))
+
 
 app = typer.Typer(
     name="localdpo",
@@ -37,8 +49,19 @@ pairs_app = typer.Typer(
 )
 app.add_typer(pairs_app, name="pairs")
 
+runs_app = typer.Typer(
+    help="List runs, or compare two: `localdpo runs [DIR]` lists.",
+    rich_markup_mode=None,
+    cls=_ListsByDefault,
+)
+app.add_typer(runs_app, name="runs")
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs.")]
+ChartFolder = Annotated[
+    Path | None, typer.Option("--charts", metavar="DIR", help="Write the charts as files of their own, too.")
+]
+ChartForm = Annotated[str, typer.Option("--format", metavar="svg|png", help="Of these files; png needs an extra.")]
 
 
 def _guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -125,6 +148,9 @@ def train(
         int | None, typer.Option("--max-steps", min=1, metavar="N", help="Stop after N steps.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="A new run from the last one's adapter; its recipe and pairs may differ.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the preflight.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Write one event a line as JSON.")] = False,
     debug: Debug = False,
@@ -133,7 +159,8 @@ def train(
     from localdpo.console import training
 
     extra = [] if max_steps is None else [f"train.max_steps={max_steps}"]
-    code = training.run(recipe, [*(overrides or []), *extra], resume=resume, dry_run=dry_run, json_lines=json_lines)
+    options = training.Options(resume=resume, fork=fork, dry_run=dry_run, json_lines=json_lines)
+    code = training.run(recipe, [*(overrides or []), *extra], options)
     if code:
         raise typer.Exit(code)
 
@@ -279,25 +306,142 @@ def import_adapter(
 
 @app.command()
 @_guarded
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page; report.html in RUN by default.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    charts: ChartFolder = None,
+    form: ChartForm = "svg",
+    json_lines: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run as one HTML page. It holds the verdict, curves, answers before and after, data, recipe, machine."""
+    from localdpo.console import reporting
+
+    reporting.run(run, reporting.Request(output, show, charts, form, json_lines))
+
+
+@app.command("eval")
+@_guarded
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    pairs: Annotated[
+        Path | None, typer.Option("--pairs", metavar="FILE", help="Score these pairs; those the run held out without.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", metavar="RUN", help="Compare with an earlier run of the same base; repeatable."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="NAME|FILE", help="A task, or all; may be repeated.")
+    ] = None,
+    fairness: Annotated[
+        list[str] | None,
+        typer.Option("--fairness", metavar="NAME|FILE", help="Prompts by group, or all; may be repeated."),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", metavar="MODEL", help="A local model judges the run's answers, blind.")
+    ] = None,
+    drift: Annotated[bool, typer.Option("--drift/--no-drift", help="Ask both models what was not to change.")] = True,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Prompts of each kind; 32 for drift without.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of intervals, rewordings and draws.")] = 0,
+    json_lines: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what a run changed and what it did not: into its eval.json, with a verdict."""
+    from localdpo.console import evaluating
+
+    evaluating.run(
+        evaluating.Request(
+            run,
+            pairs,
+            against or (),
+            tasks or (),
+            fairness or (),
+            drift=drift,
+            limit=limit,
+            judge=judge,
+            seed=seed,
+            json=json_lines,
+        )
+    )
+
+
+@app.command()
+@_guarded
+def blind(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="Another run of the same base; the base itself without.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="JSONL prompts; held-out ones without.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Judge N more at most.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Only write the result so far, as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Judge two models without knowing which is which: 1, 2, t (tie), s (skip), u (undo), q (leave)."""
+    from localdpo.console import judging
+
+    judging.run(run, other, prompts, limit=limit, as_json=json_lines)
+
+
+@runs_app.command("list")
+@_guarded
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds the runs.")] = Path("runs"),
     json_lines: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs in a folder and how far they are."""
+    """List the runs in a folder. This is what `localdpo runs [DIR]` does."""
     from localdpo.console import listing
 
     listing.show_runs(folder, json_lines)
 
 
+@runs_app.command("compare")
+@_guarded
+def runs_compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write a page with curves and answers, too.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page, A-B.html by default, in the browser.")] = False,
+    charts: ChartFolder = None,
+    form: ChartForm = "svg",
+    json_lines: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put two runs side by side. As a page it has their curves and answers, too."""
+    from localdpo.console import reporting
+
+    reporting.compare(first, second, reporting.Request(output, show, charts, form, json_lines))
+
+
 @app.command()
 @_guarded
-def doctor(json_lines: Json = False, debug: Debug = False) -> None:
-    """Look at this machine and give advice."""
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="A run or a workspace; this machine by default.")
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Clear away what interrupted writes left in FOLDER; nothing you made.")
+    ] = False,
+    json_lines: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look at this machine, a run or a workspace, and say what is wrong and how to mend it."""
     from localdpo.console import doctor as console
 
-    if not console.show(json_lines):
-        raise typer.Exit(3)
+    code = console.run(folder, as_json=json_lines, fix=fix)
+    if code:
+        raise typer.Exit(code)
 
 
 @models_app.callback()
@@ -599,7 +743,17 @@ def pairs_round(
 
 def main() -> None:
     """Run the command line."""
-    from localdpo.console.terminal import tolerate_narrow_encodings
+    from localdpo.console.terminal import quieten_libraries, say, tolerate_narrow_encodings
 
     tolerate_narrow_encodings()
-    app()
+    quieten_libraries()
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "show"):  # what Typer's errors of usage have, whichever class they are this year
+            raise
+        shown = io.StringIO()
+        error.show(file=shown)
+        say(shown.getvalue().rstrip("\n"), file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code)

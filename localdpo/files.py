@@ -29,11 +29,13 @@ from localdpo.errors import EnvironmentFault, Problem
 
 __all__ = [
     "MANIFEST",
+    "array_faults",
     "atomic_file",
     "atomic_folder",
     "atomic_write",
     "environment_faults",
     "recover_folder",
+    "remove_leftovers",
     "require_space",
     "sha256_file",
     "verify_folder",
@@ -60,6 +62,16 @@ def environment_faults(path: Path) -> Iterator[None]:
         where = str(error.filename or path)
         fix = _FIXES.get(error.errno or 0, "")
         raise EnvironmentFault(Problem(where, error.strerror or str(error), fix)) from error
+
+
+@contextmanager
+def array_faults(path: Path) -> Iterator[None]:
+    """Like `environment_faults`, for mlx too, which reports a write that fails as a `RuntimeError`."""
+    try:
+        with environment_faults(path):
+            yield
+    except RuntimeError as error:
+        raise EnvironmentFault(Problem(str(path), f"could not be saved ({error})", _FIXES[errno.ENOSPC])) from error
 
 
 def _sync(fd: int) -> None:
@@ -118,7 +130,7 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Delete temporary siblings whose writer, a process of this machine, is gone."""
     prefix = f".{path.name}.tmp-{_host()}-"
     for entry in path.parent.iterdir():
@@ -143,7 +155,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     require_space(target.parent, len(payload))
     temporary = _temporary_sibling(target)
     with environment_faults(target):
-        _remove_leftovers(target)
+        remove_leftovers(target)
         try:
             _write_verified(temporary, payload)
             with suppress(FileNotFoundError):
@@ -165,7 +177,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     temporary = _temporary_sibling(target)
     with environment_faults(target):
-        _remove_leftovers(target)
+        remove_leftovers(target)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(fd, "wb") as file:
@@ -238,7 +250,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = _temporary_sibling(target)
     with environment_faults(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         recover_folder(target)
         temporary.mkdir(mode=0o700)
     try:

@@ -7,23 +7,27 @@ files a recipe names exist, not what is in them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from localdpo.errors import InputError, Problem
 from localdpo.settings import Finding, Settings, conflict, to_yaml, validate
 from localdpo.yamlfile import KeyPath, parse_yaml, read_yaml
 
 __all__ = [
+    "AlarmName",
     "DPORecipe",
     "DataRecipe",
     "LoraRecipe",
     "LossType",
     "Recipe",
+    "TrackerName",
     "TrainRecipe",
     "Truncation",
     "check_recipe",
@@ -36,6 +40,11 @@ LossType = Literal[
     "sigmoid", "ipo", "hinge", "robust", "sppo_hard", "apo_zero", "apo_down", "simpo", "orpo"
 ]  # fmt: skip
 Truncation = Literal["keep_start", "keep_end", "skip"]
+AlarmName = Literal[
+    "chosen-falling", "loss-zero", "rewards-saturated", "gradient-spike", "retained-changing", "facts-lost",
+    "answers-growing", "held-out-rising",
+]  # fmt: skip
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 REFERENCE_FREE_LOSSES: frozenset[str] = frozenset({"simpo", "orpo"})
 LABEL_SMOOTHING_LOSSES: frozenset[str] = frozenset({"sigmoid", "robust", "simpo"})
@@ -44,6 +53,27 @@ _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _File = Annotated[Path, Field(strict=False)]
 _Fraction = Annotated[float, Field(ge=0, le=0.5)]
 _Positive = Annotated[int, Field(ge=1)]
+
+
+def _alarm(text: str) -> str:
+    """``text`` when it is an alarm's name, with a threshold after = or without."""
+    name, equals, number = text.partition("=")
+    if name not in get_args(AlarmName):
+        raise PydanticCustomError("alarm", "names no alarm in {text}", {"text": repr(text)})
+    if equals and not _threshold(number) > 0:
+        raise PydanticCustomError("alarm", "needs a number above 0 after = in {text}", {"text": repr(text)})
+    return text
+
+
+def _threshold(number: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
+
+
+_Alarm = Annotated[str, AfterValidator(_alarm), Field(examples=["chosen-falling", "retained-changing=0.8"])]
 
 
 class _Section(BaseModel):
@@ -226,6 +256,29 @@ class TrainRecipe(_Section):
         description="fast keeps unpacked weights in memory, lean unpacks them layer by layer, auto decides "
         "by the memory there is. The results are the same.",
     )
+    alarms: Annotated[tuple[_Alarm, ...], Field(strict=False)] | bool = Field(
+        default=True,
+        description="Warn in words when training goes wrong: true for all alarms, false for none, or a list of some "
+        f"of {', '.join(get_args(AlarmName))}. A threshold of your own follows a name, as in "
+        "retained-changing=0.8.",
+    )
+    stop_on: Annotated[tuple[AlarmName, ...], Field(strict=False)] = Field(
+        default=(), description="Alarms that end the run, such as [chosen-falling]; the best adapter is kept."
+    )
+    report_to: Annotated[tuple[TrackerName, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Also report the run to tensorboard, wandb or trackio, each an extra of localdpo. tensorboard and "
+        "trackio write to this machine; wandb sends figures, settings and sample answers to its server unless "
+        "WANDB_MODE=offline is set.",
+    )
+
+    @property
+    def alarm_thresholds(self) -> dict[str, float | None]:
+        """The alarms that are on, each with the threshold given for it, None for the one it comes with."""
+        if isinstance(self.alarms, bool):
+            return dict.fromkeys(get_args(AlarmName) if self.alarms else ())
+        parts = (entry.partition("=") for entry in self.alarms)
+        return {name: float(number) if equals else None for name, equals, number in parts}
 
 
 class Recipe(_Section):
@@ -289,6 +342,10 @@ def _schedule_findings(train: TrainRecipe) -> list[Finding]:
     if train.warmup_steps is not None and 0 < train.max_steps <= train.warmup_steps:
         message = f"is {train.warmup_steps}, which leaves none of the {train.max_steps} steps after the warm-up"
         findings.append(Finding(("train.warmup_steps", "train.max_steps"), message, "Lower it"))
+    off = [name for name in train.stop_on if name not in train.alarm_thresholds]
+    if off:
+        message = f"names {', '.join(off)}, which train.alarms leaves out"
+        findings.append(Finding(("train.stop_on", "train.alarms"), message, "Add it there, or remove it here"))
     return findings
 
 
@@ -316,6 +373,8 @@ _SYNONYMS = {
     "lr_scheduler": "train.lr_scheduler_type",
     "scheduler": "train.lr_scheduler_type",
     "warmup": "train.warmup_steps",
+    "report": "train.report_to",
+    "logger": "train.report_to",
     "grad_checkpoint": "train.gradient_checkpointing",
     "max_grad": "train.max_grad_norm",
     "rank": "lora.r",

@@ -124,11 +124,14 @@ def _branch_text(branch: Mapping[str, Any]) -> str:
         return str(branch["const"])
     if "enum" in branch:
         return ", ".join(map(str, branch["enum"]))
+    if branch["type"] == "array":
+        items = branch["items"]
+        some = f"names such as [{', '.join(items.get('examples', ['q_proj', 'v_proj']))}]"
+        return f"a list of {', '.join(items['enum']) if 'enum' in items else some}"
     kind = {
         "integer": "a whole number",
         "number": "a number",
         "boolean": "true or false",
-        "array": "a list of names such as [q_proj, v_proj]",
         "null": "null",
         "string": "a path" if branch.get("format") == "path" else "text",
     }[branch["type"]]

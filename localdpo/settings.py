@@ -84,7 +84,8 @@ class Settings:
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
             key = key.strip()
-            if not equals or not all(key.split(".")):
+            named = all(part and part.isprintable() for part in key.split("."))  # half characters are not
+            if not equals or not named:
                 fix = "Write --set section.key=value, such as --set dpo.beta=0.2"
                 problems.append(Problem(f"--set {assignment}", "is not of the form key=value", fix))
                 continue
@@ -182,7 +183,7 @@ class _Translator:
         if self.conflicts_seen:
             return []
         repaired = {k: dict(v) if isinstance(v, dict) else v for k, v in self.settings.values.items()}
-        for path in self.bad:
+        for path in filter(None, self.bad):
             place: Any = repaired
             for part in path[:-1]:
                 place = place.setdefault(part, {})
@@ -255,6 +256,7 @@ def _reason(errors: list[ErrorDetails]) -> str:
     if len(errors) > 1 and not telling:
         return "is not accepted here"
     message = (telling or errors)[0]["msg"]
+    message = message.replace("Input should be a valid tuple", "is not a list", 1)
     return message.replace("Input should be a valid", "is not a valid", 1).removeprefix("Input ")
 
 

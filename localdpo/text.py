@@ -1,19 +1,31 @@
 """Make untrusted text inert before it is shown.
 
-Model output and data files may hold terminal escapes and bidirectional overrides. Everything that reaches a
-terminal, a log or an error message goes through `sanitise`. This module changes what is *shown* only: what is
-saved or encoded stays byte for byte as it was. It knows nothing about terminals or markup.
+Model output and data files may hold terminal escapes, bidirectional overrides and characters nobody sees.
+Everything that reaches a terminal, a log or an error message goes through `sanitise` (`inert_json` for JSON that
+is not pure ASCII). This module changes what is *shown* only: what is saved or encoded stays byte for byte as it
+was. It knows nothing about terminals or markup.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
-__all__ = ["StreamSanitiser", "sanitise"]
+__all__ = ["UNSAFE_RANGES", "StreamSanitiser", "inert_json", "sanitise"]
 
-# C0 without \n and \t, DEL and C1, the bidirectional controls, the two Unicode line separators (rows would
-# split where the file has none), and lone surrogates (stdout cannot encode them).
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE_RANGES: tuple[tuple[int, int], ...] = (
+    (0x00, 0x08), (0x0B, 0x1F),  # C0 without \n and \t
+    (0x7F, 0x9F),  # DEL and C1
+    (0x061C, 0x061C), (0x200E, 0x200F), (0x202A, 0x202E), (0x2066, 0x2069),  # what turns the direction of text
+    (0x2028, 0x2029),  # line separators: rows would split where the file has none
+    (0x180E, 0x180E), (0x200B, 0x200B), (0x2060, 0x2064), (0x206A, 0x206F), (0xFEFF, 0xFEFF), (0xFFF9, 0xFFFB),
+    (0xE0000, 0xE007F),  # takes no room and yet makes other tokens; the joiners of scripts and emoji stay
+    (0xD800, 0xDFFF),  # lone surrogates: stdout cannot encode them
+)  # fmt: skip
+"""Code points that are never shown as they are, first and last of each range."""
+
+_UNSAFE = re.compile("[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in UNSAFE_RANGES) + "]")
 
 
 def _picture(match: re.Match[str]) -> str:
@@ -31,6 +43,14 @@ def sanitise(text: str) -> str:
     Newlines and tabs stay; `\\r\\n` becomes `\\n`, as a line end is no attack, and a lone `\\r` becomes `␍`.
     """
     return _UNSAFE.sub(_picture, text.replace("\r\n", "\n"))
+
+
+def inert_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON that is readable in any script and safe to show: what is unsafe is a `\\u` escape."""
+    # Outside its strings JSON has no character of the ranges but the line ends that `indent` asks for.
+    return _UNSAFE.sub(
+        lambda match: json.dumps(match.group())[1:-1], json.dumps(value, indent=indent, ensure_ascii=False)
+    )
 
 
 class StreamSanitiser:

@@ -68,7 +68,7 @@ class _Converter:
             if not isinstance(key_node, ScalarNode):
                 self.report(key_node, "a key must be plain text")
                 continue
-            key = str(key_node.value)
+            key = self.text(key_node)
             if key in result:
                 first = self.lines[(*path, key)]
                 self.report(key_node, f"the key {key!r} is already on line {first}", "Keep one of the two")
@@ -77,6 +77,18 @@ class _Converter:
             result[key] = self.convert(value_node, (*path, key))
         return result
 
+    def text(self, node: ScalarNode) -> str:
+        """Return the text of a scalar, JSON's pairs of `\\u` escapes joined to the characters they stand for."""
+        text = str(node.value)
+        if "\0" in text:  # most values end up in a path or a message, where the system takes it for the end
+            self.report(node, "holds the character U+0000", "Remove it")
+            return ""
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.report(node, "holds half of a character (a lone surrogate)", "Write the whole character")
+            return ""
+
     def check_tag(self, node: Node, kind: str) -> bool:
         if node.tag == _CORE + kind:
             return True
@@ -84,7 +96,7 @@ class _Converter:
         return False
 
     def scalar(self, node: ScalarNode) -> Any:
-        text = str(node.value)
+        text = self.text(node)
         if node.tag in _TEXT_TAGS:
             return text
         kind = str(node.tag).removeprefix(_CORE)

@@ -245,7 +245,8 @@ def test_the_whole_loop(tmp_path: Path, terminal: Terminal, starter: Path):
     if "recipes/small.yaml" not in terminal.screen():
         terminal.press("o")
         terminal.sees("Open a recipe")
-        terminal.press("Down", "Enter")
+        recipes = sorted(path.name for path in (folder / "recipes").glob("*.yaml"))
+        terminal.press(*["Down"] * recipes.index("small.yaml"), "Enter")
         terminal.sees("Recipe: recipes/small.yaml")
     terminal.press("r")
     run = RunFolder(folder / "runs" / "small")

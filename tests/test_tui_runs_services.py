@@ -51,7 +51,15 @@ def make_run(path: Path, steps: int = 8, state: str = "finished", **info) -> Run
     path.mkdir(parents=True)
     recipe = {"model": "tiny", "dpo": {"beta": info.pop("beta", 0.1)}}
     (path / "run.json").write_text(
-        json.dumps({"created": 1.0, "recipe": recipe, "model": {"spec": "tiny"}, "id": os.urandom(8).hex(), **info})
+        json.dumps(
+            {
+                "created": 1.0,
+                "recipe": recipe,
+                "model": {"spec": "tiny", "fingerprint": "f"},
+                "id": os.urandom(8).hex(),
+                **info,
+            }
+        )
     )
     events = [StartEvent(total_steps=steps, plan={"train_pairs": 24}), EvalEvent(metrics={"eval_loss": 2.0})]
     for step in range(1, steps + 1):
@@ -79,7 +87,6 @@ def test_a_row_says_what_the_folder_holds(tmp_path):
     assert row.seconds == 90.0
     assert row.lines == ("identity: 3 of 4 (75%) answers say Athene",)
     assert row.adapter
-    assert not row.report
     assert not row.resumable
     assert row.bytes == sum(file.stat().st_size for file in (tmp_path / "a").rglob("*") if file.is_file())
 

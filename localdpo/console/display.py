@@ -12,7 +12,7 @@ from typing import Any, Protocol, TextIO
 
 from localdpo.console import preflight
 from localdpo.console.results import closing_lines, closing_table, glimpse_line
-from localdpo.console.terminal import duration_text, is_live, sparkline, width
+from localdpo.console.terminal import duration_text, is_live, say, sparkline, width
 from localdpo.text import sanitise
 from localdpo.train.events import (
     CheckpointEvent,
@@ -140,7 +140,7 @@ class JsonDisplay:
 
     def notice(self, text: str) -> None:
         """Write to standard error."""
-        print(text, file=sys.stderr, flush=True)
+        say(text, file=sys.stderr, flush=True)
 
     leave = notice
 
@@ -166,8 +166,7 @@ class PlainDisplay:
 
     def notice(self, text: str) -> None:
         """Write one line."""
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        say(text, file=self._stream, flush=True)
 
     leave = notice
 
@@ -217,11 +216,11 @@ class LiveDisplay:
 
     def notice(self, text: str) -> None:
         """Print a line above the live part."""
-        self._console.print(text)
+        self._console.print(sanitise(text))
 
     def leave(self, text: str) -> None:
         """Give the cursor back and write ``text``, without waiting for whoever is drawing."""
-        self._console.file.write(f"\n\x1b[?25h{text}\n")
+        self._console.file.write(f"\n\x1b[?25h{sanitise(text)}\n")
         self._console.file.flush()
 
     def show(self, event: Event) -> None:

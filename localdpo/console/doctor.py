@@ -1,24 +1,25 @@
-"""`localdpo doctor`: what this machine has for training, with a line of advice where something is amiss."""
+"""`localdpo doctor`: what this machine has for training, with a line of advice where something is amiss.
+
+Given a folder it looks at that too: a run, or a workspace (`checkup`).
+"""
 
 from __future__ import annotations
 
 import json
+import locale
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from localdpo import __version__
-from localdpo.console.terminal import bytes_text
+from localdpo.console.finding import Finding, gathered, lines
+from localdpo.console.terminal import bytes_text, is_live, say
 from localdpo.paths import cache_dir
-from localdpo.text import sanitise
-
-Level = Literal["ok", "advice", "broken"]
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface_hub", "pydantic", "textual")
 _LOW_MEMORY = 4e9
@@ -26,27 +27,9 @@ _LOW_DISK = 3e9
 _SLOW_GFLOPS = 20.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; ``advice`` is empty when there is nothing to do."""
-
-    name: str
-    level: Level
-    value: str
-    advice: str = ""
-
-
 def examine() -> list[Finding]:
-    """Look at everything; a check that fails itself is a finding too."""
-    return [finding for check in _CHECKS for finding in _guarded(check)]
-
-
-def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    try:
-        yield from check()
-    except Exception as error:  # a doctor that crashes helps nobody
-        name = check.__name__.removeprefix("_")
-        yield Finding(name, "broken", f"{type(error).__name__}: {error}", "Install localdpo again and compare versions")
+    """Look at the machine."""
+    return gathered(_CHECKS)
 
 
 def _versions() -> Iterator[Finding]:
@@ -111,25 +94,48 @@ def _children(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _device, _blas, _memory, _cache)
+def _network() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    where = "set offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "asked only for models that are not here"
+    advice = "Unset HF_HUB_OFFLINE to fetch models" if constants.HF_HUB_OFFLINE else ""
+    yield Finding("Hub", "ok", where, advice)
 
 
-def show(as_json: bool) -> bool:
-    """Print all findings; return whether nothing is broken."""
-    findings = examine()
+def _terminal() -> Iterator[Finding]:
+    kind = os.environ.get("TERM", "") or "not set"
+    codec = locale.getpreferredencoding(False)
+    if not sys.stdout.isatty():
+        where = "output goes to a file or a pipe: plain lines"
+    else:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        where = f"{size.columns}x{size.lines}, TERM {kind}" + ("" if is_live(sys.stdout) else ": plain lines, no UI")
+    advice = (
+        "" if codec.lower().replace("-", "") == "utf8" else "Set LANG to a UTF-8 locale: signs are escaped otherwise"
+    )
+    yield Finding("terminal", "advice" if advice else "ok", f"{where}; text is {codec}", advice)
+
+
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _versions, _device, _blas, _memory, _cache, _network, _terminal,
+)  # fmt: skip
+
+
+def run(folder: Path | None, *, as_json: bool, fix: bool) -> int:
+    """Print all findings about the machine, or about ``folder`` alone; return the exit code.
+
+    3 when the machine is in the way, 2 when something in the folder is broken. Raises InputError when the
+    folder is not there, or neither a run nor a workspace.
+    """
+    if folder is None:
+        findings = examine()
+    else:
+        from localdpo.console.checkup import examine_folder
+
+        findings = examine_folder(folder, fix=fix)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        print("\n".join(lines(findings)))
-    return not any(finding.level == "broken" for finding in findings)
-
-
-def lines(findings: Sequence[Finding]) -> list[str]:
-    """Return the findings for people, one or two lines each."""
-    signs = {"ok": "ok    ", "advice": "advice", "broken": "BROKEN"}
-    shown = []
-    for finding in findings:
-        shown.append(f"{signs[finding.level]}  {finding.name:9} {sanitise(finding.value)}")
-        if finding.advice:
-            shown.append(f"{'':18}{sanitise(finding.advice)}.")
-    return shown
+        say(*lines(findings))
+    broken = any(finding.level == "broken" for finding in findings)
+    return (3 if folder is None else 2) if broken else 0

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from localdpo.console.terminal import bytes_text
+from localdpo.console.terminal import bytes_text, say
 from localdpo.errors import InputError, Problem
 from localdpo.text import sanitise
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from localdpo.export.targets import Exported, Options
 
 
-def say(text: str) -> None:
+def tell(text: str) -> None:
     """Tell of a long step, on standard error."""
-    print(sanitise(text), file=sys.stderr, flush=True)
+    say(text, file=sys.stderr, flush=True)
 
 
 def run(
@@ -44,11 +44,11 @@ def run(
     _refuse_unused(target, options)
     found = find_source(source, model)
     folder = out if out is not None else Path("exports") / f"{found.name}-{target}"
-    done = export(found, target, folder, options=options, force=force, notify=say)
+    done = export(found, target, folder, options=options, force=force, notify=tell)
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
     else:
-        print("\n".join(_lines(done)))
+        say("\n".join(_lines(done)))
 
 
 _CONCERN = {
@@ -86,8 +86,8 @@ def import_adapter(
     from localdpo.export.importing import import_adapter as bring
 
     folder = out if out is not None else Path("runs") / (adapter.resolve().name or "imported")
-    done = bring(adapter, folder, model=model, quantize=quantize, force=force, notify=say)
+    done = bring(adapter, folder, model=model, quantize=quantize, force=force, notify=tell)
     if as_json:
         print(json.dumps(done.to_json(), indent=2))
     else:
-        print("\n".join(map(sanitise, done.lines())))
+        say(*done.lines())

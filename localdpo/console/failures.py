@@ -7,7 +7,9 @@ import signal
 import sys
 import traceback
 
+from localdpo.console.terminal import say
 from localdpo.errors import LocalDPOError
+from localdpo.redact import redact
 from localdpo.text import sanitise
 
 
@@ -21,11 +23,10 @@ def report(error: BaseException, debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if debug:
-        traceback.print_exception(error)
+        say(redact("".join(traceback.format_exception(error)).rstrip("\n")), file=sys.stderr)
     sys.stdout.flush()
     lines, code = _explain(error)
-    for line in lines:
-        print(line, file=sys.stderr)
+    say(*map(redact, lines), file=sys.stderr)
     return code
 
 

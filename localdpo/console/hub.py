@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from localdpo.console.exporting import say
-from localdpo.console.terminal import bytes_text
+from localdpo.console.exporting import tell
+from localdpo.console.terminal import bytes_text, say
 from localdpo.errors import InputError, Problem
-from localdpo.text import sanitise
+from localdpo.text import inert_json
 
 __all__ = ["refuse_elsewhere", "refuse_here", "run"]
 
@@ -40,11 +39,11 @@ def run(
     with tempfile.TemporaryDirectory(prefix="localdpo-") as temporary:
         folder = Path(temporary) / "repository"
         folder.mkdir()
-        files = stage(found, folder, base=base, say=say)
+        files = stage(found, folder, base=base, say=tell)
         if dry_run:
             _show({"repository": name, "private": not public, "files": files, "dry_run": True}, as_json)
             return
-        say(f"Sending {bytes_text(sum(files.values()))} to {name}")
+        tell(f"Sending {bytes_text(sum(files.values()))} to {name}")
         done = upload(folder, name, public=public, force=force)
     _show({**asdict(done), "files": files, "dry_run": False}, as_json)
 
@@ -66,10 +65,10 @@ def refuse_here(**settings: Any) -> None:
 
 def _show(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(row, indent=2, ensure_ascii=False))
+        print(inert_json(row, indent=2))
         return
     kind = "private" if row["private"] else "public"
     width = max(map(len, row["files"]))
     head = f"would send to {row['repository']} ({kind}):" if row["dry_run"] else f"sent to {row['url']} ({kind}):"
     lines = [head, *(f"  {name:{width}}  {bytes_text(size)}" for name, size in row["files"].items())]
-    print("\n".join(map(sanitise, lines)))
+    say(*lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from localdpo.console.fetch import fetch
-from localdpo.console.terminal import bytes_text, columns, count_text
+from localdpo.console.terminal import bytes_text, columns, count_text, say
 from localdpo.errors import InputError, Problem
 from localdpo.text import sanitise
 
@@ -27,7 +27,7 @@ def _print_json(value: object) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    print("\n".join(columns(header, [[sanitise(cell) for cell in row] for row in rows], right)))
+    say(*columns(header, [[sanitise(cell) for cell in row] for row in rows], right))
 
 
 def show_runs(folder: Path, as_json: bool) -> None:
@@ -47,18 +47,26 @@ def show_runs(folder: Path, as_json: bool) -> None:
                 str(row["state"]),
                 f"{row['step']}/{row['total_steps']}",
                 "" if row["best_loss"] is None else f"{row['best_loss']:.4f}",
+                _verdict_text(row["verdict"]),
                 str(row["model"] or ""),
             ]
             for row in rows
         ]
-        _print_table(("run", "state", "step", "best loss", "model"), table, right=(2, 3))
+        _print_table(("run", "state", "step", "best loss", "verdict", "model"), table, right=(2, 3))
     else:
         print(f"no runs in {sanitise(str(folder))}")
 
 
+def _verdict_text(verdict: Mapping[str, Any] | None) -> str:
+    return "" if verdict is None else ", ".join(verdict[word] or "?" for word in ("learned", "kept"))
+
+
 def run_row(run: Any) -> dict[str, Any]:
     """Return what `localdpo runs --json` says about a run folder."""
+    from localdpo.evaluate.evidence import verdict_of_run
+
     status, model = run.status(), run.info().get("model")
+    verdict = verdict_of_run(run)
     row = {
         "path": str(run.path),
         "state": "new",
@@ -68,6 +76,7 @@ def run_row(run: Any) -> dict[str, Any]:
         **(asdict(status) if status else {}),
         "model": model.get("spec") if isinstance(model, Mapping) else None,
         "adapter": str(run.adapter) if (run.adapter / "adapter_config.json").is_file() else None,
+        "verdict": {name: getattr(verdict, name) for name in ("learned", "kept", "words")} if verdict else None,
     }
     return row
 
@@ -93,7 +102,7 @@ def show_models(as_json: bool) -> None:
         for row in rows
     ]
     _print_table(("name", "size", "disk", "memory", "here", "cached", "Hub id"), table, right=(1, 2, 3))
-    print(f"\nmemory: what the default recipe takes on this machine with pairs of {TOKENS_A_PAIR} tokens, roughly")
+    say(f"\nmemory: what the default recipe takes on this machine with pairs of {TOKENS_A_PAIR} tokens, roughly")
 
 
 def show_model(name: str, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 
-from localdpo.console.terminal import is_live, progress_line, width
+from localdpo.console.terminal import is_live, progress_line, say, width
 from localdpo.data.check.findings import KINDS, Finding, Severity, counted, exit_code, in_order
 from localdpo.data.check.fix import Fixed, fix_file, signature_of
 from localdpo.data.check.leaks import Other
@@ -145,16 +145,17 @@ def _show(report: Report, fixed: Fixed | None, request: Request) -> None:
     done = [] if fixed is None else list(_fix_lines(fixed))
     if request.json_lines:
         print(json.dumps([finding.to_json() for finding in report.findings], indent=2))
-        print("".join(f"{sanitise(line)}\n" for line in done), end="", file=sys.stderr)
+        for line in done:
+            say(line, file=sys.stderr)
         return
     live = is_live(sys.stdout)
     for text in done:
-        print(sanitise(text))
+        say(text)
     shown = lines(report, width() if live else 0)
     if live:
         _print_styled(shown)
     else:
-        print("\n".join(text for text, _ in shown))
+        say(*(text for text, _ in shown))
 
 
 def _print_styled(shown: Sequence[tuple[str, Severity | None]]) -> None:
@@ -163,7 +164,7 @@ def _print_styled(shown: Sequence[tuple[str, Severity | None]]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)  # rich leaves colours out under NO_COLOR
     for line, severity in shown:
-        text = Text(line)
+        text = Text(sanitise(line))
         if severity is not None:
             text.stylize(_STYLES[severity], 0, len(severity))
         console.print(text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from localdpo.console.fetch import fetch
 from localdpo.console.talk import DEFAULT_MODEL, find_target
-from localdpo.console.terminal import is_live
+from localdpo.console.terminal import is_live, say
 from localdpo.data.output import STDOUT, open_output, refuse_existing
 from localdpo.data.pairs import pair_to_json, read_prompts
 from localdpo.errors import InputError, Problem
@@ -245,7 +245,7 @@ def shown_progress(quiet: bool) -> Iterator[Any]:
             return
         last = head
         if not live:
-            print(head, file=sys.stderr, flush=True)
+            say(head, file=sys.stderr, flush=True)
             return
         text = f"{head} ({event.done:,}/{event.total:,})" if event.total > 1 else head
         print(f"\r{text.ljust(width)}", end="", file=sys.stderr, flush=True)

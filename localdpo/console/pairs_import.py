@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from localdpo.console.terminal import progress_line
+from localdpo.console.terminal import progress_line, say
 from localdpo.data.exporters import ExportOptions, export_pairs, target_of
 from localdpo.data.importing import ImportOptions, ImportReport, import_pairs, inspect_file
 from localdpo.data.output import STDOUT
 from localdpo.errors import InputError, Problem
-from localdpo.text import sanitise
 
 __all__ = ["run_export", "run_import"]
 
@@ -70,4 +69,4 @@ def run_export(
 def _say(lines: Sequence[str], data: dict[str, Any], json_lines: bool, to_stderr: bool) -> None:
     """Words or JSON; on standard error when standard output carries the rows."""
     stream = sys.stderr if to_stderr else sys.stdout
-    print(json.dumps(data) if json_lines else sanitise("\n".join(lines)), file=stream)
+    say(*([json.dumps(data)] if json_lines else lines), file=stream)

@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 
 from localdpo.console.pairs_check import exact_counter, settings_of
-from localdpo.console.terminal import columns, progress_line, width
+from localdpo.console.terminal import columns, progress_line, say, width
 from localdpo.data.check.findings import counted
 from localdpo.data.stats import FIELDS, Histogram, Stats, file_stats
 from localdpo.text import sanitise
@@ -30,7 +30,7 @@ def run(file: Path | None, recipe: Path | None, model: str | None, json_lines: b
     if json_lines:
         print(json.dumps(stats.to_json(), indent=2))
         return
-    print("\n".join(lines(stats, width(), fine=_shows_blocks())))
+    say(*lines(stats, width(), fine=_shows_blocks()))
     if note:
         print(f"\n{sanitise(note)}")
 

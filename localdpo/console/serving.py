@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from localdpo.console.fetch import fetch
 from localdpo.console.talk import Target, find_target
+from localdpo.console.terminal import say
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.paths import cache_dir
-from localdpo.text import sanitise
+from localdpo.text import inert_json, sanitise
 
 if TYPE_CHECKING:
     from localdpo.model.load import LoadedModel
@@ -140,9 +140,9 @@ class _Service:
     def _say_ready(self, url: str) -> None:
         names = list(self._offer.models())
         if self._options.json_lines:
-            print(json.dumps({"event": "ready", "url": url, "models": names}, ensure_ascii=False), flush=True)
+            print(inert_json({"event": "ready", "url": url, "models": names}), flush=True)
             return
-        print(f"serving at {url}", f"models: {sanitise(', '.join(names))}", sep="\n")
+        say(f"serving at {url}", f"models: {', '.join(names)}")
         if self._token_source:
             print(f"a token is needed; it is in {sanitise(self._token_source)}")
         elsewhere = self._offer.elsewhere()
@@ -153,7 +153,7 @@ class _Service:
     def _log(self, entry: AccessLine | str) -> None:
         if self._options.json_lines and not isinstance(entry, str):
             line = {"event": "request", "time": round(time.time(), 3), **asdict(entry)}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(inert_json(line), flush=True)
         else:
             self._say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {entry}")
 

@@ -6,7 +6,6 @@ The model is loaded once; the base answers with the adapter's layers swapped out
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,10 +25,10 @@ from localdpo.console.chat import (
     stop_on_interrupt,
 )
 from localdpo.console.fetch import fetch
-from localdpo.console.terminal import is_live, width
+from localdpo.console.terminal import is_live, say, width
 from localdpo.data.pairs import Message
 from localdpo.errors import InputError, Problem
-from localdpo.text import sanitise
+from localdpo.text import inert_json
 
 if TYPE_CHECKING:
     from localdpo.model.generate import SamplingOptions
@@ -142,7 +141,7 @@ def run(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         who = "base and tuned answer" if mode == "compare" else f"the {mode} model answers"
-        print(f"{sanitise(str(folder or target.model))}: {who}. /help lists commands, Ctrl-D leaves.")
+        say(f"{folder or target.model}: {who}. /help lists commands, Ctrl-D leaves.")
     Repl(conversation, speaker, sys.stdout, labels=interactive).run(line_reader(interactive))
 
 
@@ -157,7 +156,7 @@ def answer_once(conversation: Conversation, speaker: Speaker, prompt: str, json_
         out = io.StringIO() if json_lines else sys.stdout
         turn = Repl(conversation, speaker, out, labels=False).ask(prompt)
     if json_lines:
-        print(json.dumps({"prompt": prompt, **turn.answers}, ensure_ascii=False))
+        print(inert_json({"prompt": prompt, **turn.answers}))
     if turn.stopped:
         raise KeyboardInterrupt
 

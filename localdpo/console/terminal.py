@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
+
+from localdpo.redact import redact
+from localdpo.text import sanitise
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -20,6 +25,46 @@ def is_live(stream: TextIO) -> bool:
 def width() -> int:
     """Columns of the terminal; 80 where there is none."""
     return shutil.get_terminal_size((80, 24)).columns
+
+
+def say(*lines: str, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print ``lines`` made inert, on standard output when ``file`` is None."""
+    print(*map(sanitise, lines), sep="\n", file=file, flush=flush)
+
+
+class _InertRecord(logging.LogRecord):
+    """A log record whose message steers no terminal and tells no secret: libraries quote what they are given."""
+
+    def getMessage(self) -> str:
+        return sanitise(redact(super().getMessage()))
+
+
+def quieten_libraries() -> None:
+    """Make inert what libraries log and warn of, and take secrets out of it, before any of them is loaded."""
+    logging.setLogRecordFactory(_InertRecord)
+    plain = warnings.formatwarning
+
+    def inert(message: Warning | str, category: type[Warning], *where: object, **more: object) -> str:
+        return sanitise(redact(plain(message, category, *where, **more)))  # type: ignore[arg-type]
+
+    warnings.formatwarning = inert
+
+
+class OpenTerminals:
+    """The standard output streams that are terminals now, and may be gone later: a window is closed."""
+
+    def __init__(self) -> None:
+        self._open = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+    def let_go(self) -> bool:
+        """Send what is written from now on to a terminal that is gone nowhere; returns whether one is gone."""
+        gone = [descriptor for descriptor in self._open if not os.isatty(descriptor)]
+        for descriptor in gone:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            self._open.remove(descriptor)
+        return bool(gone)
 
 
 def tolerate_narrow_encodings() -> None:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from localdpo.export.cards import peft_card
 from localdpo.export.names import require_same_names, torch_base
 from localdpo.export.targets import Job, Written
-from localdpo.files import require_space
+from localdpo.files import array_faults, require_space
 from localdpo.model.load import OpenModel, open_model
 from localdpo.model.lora import LoraInfo, lora_scale, read_adapter
 from localdpo.recipe import Recipe
@@ -34,7 +34,8 @@ def write(job: Job) -> Written:
     base, remark = torch_base(model, job.options.base)
     config = peft_config(stored.info, stored.weights, model, base, job.source.recipe)
     tensors = {peft_name(name): mx.contiguous(value.T) for name, value in stored.weights.items()}
-    mx.save_safetensors(str(job.folder / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
+    with array_faults(job.folder):
+        mx.save_safetensors(str(job.folder / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
     _write(job.folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     _write(job.folder / "README.md", peft_card(job.source, model.source.license, base))
     notes = [remark] if remark else []

@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from localdpo.files import array_faults
+
 GROUP_SIZE = 32
 DEFAULT_BITS = 4
 _SPECIAL_TOKEN = 3  # gguf's TokenType.CONTROL
@@ -49,7 +51,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
             value = _undo_rope_interleave(value, kv_heads)
         weights[_mlx_name(name)] = value
     config = _config(metadata, weights)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    with array_faults(folder):
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     _write(folder / "config.json", config)
     _write(folder / "tokenizer.json", _tokenizer(metadata))
     _write(folder / "tokenizer_config.json", _tokenizer_config(metadata, config))

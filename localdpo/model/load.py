@@ -147,7 +147,9 @@ def load_tokenizer(files: ModelFiles) -> TokenizerWrapper:
         tokenizer: TokenizerWrapper = mlx_lm_utils.load_tokenizer(
             files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
         raise InputError(Problem(where, f"its tokenizer cannot be loaded ({_line(error)})")) from error
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else (template,):
@@ -183,7 +185,9 @@ def fingerprint(files: ModelFiles, quantize: int | None = None) -> str:
 def _build(files: ModelFiles) -> tuple[nn.Module, dict[str, Any]]:
     try:
         model, config = mlx_lm_utils.load_model(files.path, lazy=True, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # every model of mlx-lm reads the config in its own way, and fails in its own way
         model_type = files.config.get("model_type")
         raise InputError(
             Problem(
@@ -196,7 +200,7 @@ def _build(files: ModelFiles) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -23,7 +23,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from localdpo import __version__
 from localdpo.errors import InputError, Problem
-from localdpo.files import atomic_folder
+from localdpo.files import array_faults, atomic_folder
 from localdpo.model.frozen import linear_dims
 from localdpo.model.load import LoadedModel
 from localdpo.model.safety import TensorEntry, read_json, read_safetensors_header
@@ -183,7 +183,7 @@ def write_adapter(
         "localdpo_version": __version__,
         **(extra or {}),
     }
-    with atomic_folder(folder) as temporary:
+    with array_faults(Path(folder)), atomic_folder(folder) as temporary:
         mx.save_safetensors(str(temporary / WEIGHTS_FILE), weights, metadata={"format": "mlx"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -17,11 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from localdpo.errors import InputError, Problem
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 64_000_000
 MAX_LAYERS = 4096
+MAX_TOKENIZER_BYTES = 256_000_000
+_BLOCK = 1 << 20
+_SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
 WEIGHT_PATTERN = "model*.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -110,7 +117,24 @@ def check_config(config: dict[str, Any], where: str) -> list[Problem]:
     layers = config.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= MAX_LAYERS:
         problems.append(Problem(where, f"'num_hidden_layers' is {_short(layers)}, not within 1 to {MAX_LAYERS}"))
+    problems += [Problem(where, text) for text in _size_problems(config)]
     return problems
+
+
+def _size_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Sizes that no array has; keys that hold something else than a number are the model's own business."""
+    for key in _SIZES:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value < 2**31:
+            yield f"{key!r} is {_short(value)}, not within 1 to {2**31 - 1}"
+    quantization = config.get("quantization")
+    if isinstance(quantization, dict):
+        for key, limit in (("bits", 8), ("group_size", 128)):
+            value = quantization.get(key)
+            if type(value) is not int or not 0 < value <= limit:
+                yield f"quantization {key!r} is {_short(value)}, not within 1 to {limit}"
+    if isinstance(config.get("text_config"), dict):
+        yield from _size_problems(config["text_config"])
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
@@ -145,6 +169,67 @@ def read_safetensors_header(path: Path) -> dict[str, TensorEntry]:
     if position != size:
         raise _damaged(path, f"{size} bytes long, its header describes {position}")
     return entries
+
+
+def check_adapter_folder(folder: Path) -> list[Problem]:
+    """What is wrong with an mlx-lm LoRA adapter, as far as it can be told without its base.
+
+    Its config, its header, that ``lora_a`` [.., input, rank] and ``lora_b`` [.., rank, output] come in pairs of one
+    rank, and that every value is finite. An empty list means it is sound.
+    """
+    weights = folder / "adapters.safetensors"
+    try:
+        config = read_json(folder / "adapter_config.json")
+        if not weights.is_file():
+            raise InputError(Problem(str(weights), "is missing"))
+        entries = read_safetensors_header(weights)
+    except InputError as error:
+        return list(error.problems)
+    problems = list(_adapter_config_problems(config, str(folder / "adapter_config.json")))
+    problems += [Problem(str(weights), text) for text in _rank_problems(entries, config)]
+    bad = [name for name in entries if not _is_finite(weights, entries[name])]
+    return problems + [Problem(str(weights), f"{_short(name)} holds values that are not finite") for name in bad]
+
+
+def _adapter_config_problems(config: dict[str, Any], where: str) -> Iterator[Problem]:
+    if config.get("fine_tune_type", "lora") != "lora":
+        yield Problem(where, f"fine_tune_type is {_short(config['fine_tune_type'])}; only LoRA adapters are supported")
+    parameters = config.get("lora_parameters")
+    rank = parameters.get("rank") if isinstance(parameters, dict) else None
+    if type(rank) is not int or rank < 1:
+        yield Problem(where, f"rank is {_short(rank)}, not a whole number from 1")
+
+
+def _rank_problems(entries: dict[str, TensorEntry], config: dict[str, Any]) -> Iterator[str]:
+    parameters = config.get("lora_parameters")
+    rank = parameters.get("rank") if isinstance(parameters, dict) else None
+    if not entries:
+        yield "holds no tensors"
+    for name, entry in entries.items():
+        stem, _, part = name.rpartition(".lora_")
+        if part not in ("a", "b") or len(entry.shape) < 2:
+            yield f"holds {_short(name)}, which is no part of a LoRA adapter"
+        elif f"{stem}.lora_{'b' if part == 'a' else 'a'}" not in entries:
+            yield f"holds {_short(name)} without its other half"
+        elif entry.shape[-1 if part == "a" else -2] != rank:
+            yield f"{_short(name)} has shape {list(entry.shape)}, which is not of rank {_short(rank)}"
+
+
+def _is_finite(path: Path, entry: TensorEntry) -> bool:
+    """Whether no value of a tensor is infinite or NaN: of no floating point value are all bits of the exponent set."""
+    exponent = {
+        "F16": ("<u2", 0x7C00),
+        "BF16": ("<u2", 0x7F80),
+        "F32": ("<u4", 0x7F800000),
+        "F64": ("<u8", 0x7FF << 52),
+    }
+    if entry.dtype not in exponent or entry.start == entry.end:
+        return True
+    kind, bits = exponent[entry.dtype]
+    count = (entry.end - entry.start) // np.dtype(kind).itemsize
+    values = np.memmap(path, dtype=kind, mode="r", offset=entry.start, shape=(count,))
+    mask = np.array(bits, dtype=kind)
+    return not any(((values[at : at + _BLOCK] & mask) == mask).any() for at in range(0, count, _BLOCK))
 
 
 def _tensor_entry(name: str, value: Any, base: int) -> TensorEntry:
@@ -297,6 +382,8 @@ def _tokenizer_files(path: Path, problems: list[Problem]) -> tuple[Path, ...]:
         problems.append(Problem(str(path), "has no tokenizer", "tokenizer.json belongs beside config.json"))
     files = [*found, *(path / name for name in extras if (path / name).exists())]
     usable = tuple(file for file in files if _usable(path, file, problems))
+    large = [file for file in usable if file.stat().st_size > MAX_TOKENIZER_BYTES]
+    problems += [Problem(str(file), f"is larger than {MAX_TOKENIZER_BYTES // 10**6} MB") for file in large]
     config_file = path / "tokenizer_config.json"
     if config_file in usable:
         problems.extend(_tokenizer_config_problems(config_file))

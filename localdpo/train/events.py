@@ -127,7 +127,7 @@ class WarningEvent(Event):
 class EndEvent(Event):
     """The run is over for now.
 
-    ``reason`` is finished, stop_loss, early_stopping, stopped or diverged. ``adapter`` is the folder
+    ``reason`` is finished, stop_loss, early_stopping, alarm, stopped or diverged. ``adapter`` is the folder
     of the published adapter (None: nothing was published), made at ``adapter_step``. ``figures`` are
     the closing figures of the probes. A run with ``resumable`` goes on with ``--resume``.
     """

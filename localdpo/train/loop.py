@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -36,13 +36,15 @@ from localdpo.train.events import (
     StepEvent,
     WarningEvent,
 )
-from localdpo.train.inputs import originals, read_inputs, starting_files
+from localdpo.train.fork import find_fork_point, forked_message, staged_start, with_start
+from localdpo.train.inputs import Inputs, originals, read_inputs, starting_files
 from localdpo.train.monitor import Scores, held_out_metrics, row_metrics
 from localdpo.train.optimizer import global_norm, learning_rate_at, require_finite
 from localdpo.train.plan import Plan
 from localdpo.train.run import ActiveRun, Control, Request
-from localdpo.train.session import CHUNK, Session, Stage, begin, preflight, set_up, staged
+from localdpo.train.session import CHUNK, Session, Stage, begin, preflight, set_up, staged, watched
 from localdpo.train.snapshot import Opened, copies, open_again, open_new
+from localdpo.train.trackers import Trackers, require_trackers
 
 Figures = Mapping[str, Any]
 Closing = Callable[[Session], Generator[Event, None, Figures]]
@@ -56,6 +58,8 @@ _MESSAGES = {
     "of step {adapter}.",
     "early_stopping": "The held-out loss no longer improved at step {step} of {total}; the adapter is that of "
     "step {adapter}.",
+    "alarm": "The alarm {alarm} of train.stop_on went off by step {step} of {total}; the adapter is that of step "
+    "{adapter}.",
     "stopped": "Stopped at step {step} of {total}; the adapter is that of step {adapter}.",
 }
 _PREPARING = frozenset({"read", "load", "encode", "retain", "reference"})
@@ -65,6 +69,7 @@ def train(
     recipe: Recipe,
     *,
     resume: bool = False,
+    fork: bool = False,
     control: Control | None = None,
     closing: Closing | None = None,
     glimpse: Glimpse | None = None,
@@ -75,15 +80,20 @@ def train(
     run's control file) asks for a pause or a stop, which take effect after the step. ``glimpse`` is
     called after each epoch but the last, ``closing`` at the end. With
     ``resume`` a run goes on from its newest whole checkpoint to the bits it would have had without
-    the interruption. Raises InputError, EnvironmentFault, and DivergedError after the end event.
+    the interruption; with ``fork`` a new run takes over the adapter of the one in its folder (see
+    ``train/fork``). Raises InputError, EnvironmentFault, and DivergedError after the end event.
     """
     started = time.monotonic()
     control = control or Control()
     yield ProgressEvent(stage="read", detail=str(recipe.data.train))
-    opened, work = _open(recipe, resume, closing, glimpse, control, started)
-    with opened.run as run:
+    if resume and fork:
+        raise ValueError("a run is either resumed or forked")
+    require_trackers(recipe.train.report_to)
+    how: Literal["new", "resume", "fork"] = "resume" if resume else "fork" if fork else "new"
+    opened, work = _open(recipe, how, closing, glimpse, control, started)
+    with opened.run as run, Trackers(recipe, run) as trackers:
         try:
-            for event in work:
+            for event in trackers.reported(work):
                 run.log(event)
                 yield event
                 preparing = isinstance(event, ProgressEvent) and event.stage in _PREPARING
@@ -104,42 +114,63 @@ def _end(run: ActiveRun, reason: str, message: str, *, resumable: bool) -> EndEv
     return end
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, fork: bool = False) -> Plan:
     """What :func:`train` would do: the preflight of ``--dry-run``. Writes no run folder."""
-    return preflight(recipe, read_inputs(recipe))
+    require_trackers(recipe.train.report_to)
+    inputs = read_inputs(recipe)
+    if fork:
+        start = find_fork_point(recipe, inputs.files).adapter
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"init_from": start})})
+    return preflight(recipe, inputs)
 
 
 def _open(
     recipe: Recipe,
-    resume: bool,
+    how: Literal["new", "resume", "fork"],
     closing: Closing | None,
     glimpse: Glimpse | None,
     control: Control,
     started: float,
 ) -> tuple[Opened, Iterator[Event]]:
     """The run folder with its lock taken, and the work to do in it."""
-    if resume:
+    notes: list[WarningEvent] = []
+    if how == "resume":
         opened = open_again(recipe, originals(recipe.data) | starting_files(recipe))
     else:
         inputs = read_inputs(recipe)
-        opened = open_new(recipe, inputs.files)
+        opened, notes = _open_fork(recipe, inputs) if how == "fork" else (open_new(recipe, inputs.files), [])
     run = opened.run
 
     def work() -> Iterator[Event]:
         if opened.set_aside is not None:
             message = f"The earlier run in {run.path} was kept: it is now {opened.set_aside}."
             yield WarningEvent(code="set-aside", message=message)
-        data = read_inputs(recipe, copies(run)) if resume else inputs
-        setup = yield from set_up(recipe, data)
-        session = yield from begin(setup, run, resume=resume)
-        reason = yield from fit(session, control, glimpse)
-        yield from finish(session, reason, closing, control, started)
+        yield from notes
+        data = read_inputs(recipe, copies(run)) if how == "resume" else inputs
+        setup = yield from set_up(with_start(recipe, run), data)
+        session = yield from begin(setup, run, resume=how == "resume")
+        reason = yield from watched(session, fit(session, control, glimpse))
+        yield from watched(session, finish(session, reason, closing, control, started))
 
     return opened, work()
 
 
+def _open_fork(recipe: Recipe, inputs: Inputs) -> tuple[Opened, list[WarningEvent]]:
+    """A new run over the adapter of the one in its folder, and what there is to say of it."""
+    point = find_fork_point(recipe, inputs.files)
+    with staged_start(point) as start:
+        opened = open_new(recipe, inputs.files, start, point.origin)
+    notes = [
+        WarningEvent(code="checkpoint-damaged", where=problem.where, message=problem.message)
+        for problem in point.damaged
+    ]
+    if opened.fork is not None:
+        notes.append(WarningEvent(code="forked", message=forked_message(opened.fork)))
+    return opened, notes
+
+
 def fit(session: Session, control: Control, glimpse: Glimpse | None = None) -> Stage[str]:
-    """Steps, evaluations and checkpoints until a reason to end: finished, stop_loss, early_stopping, stopped."""
+    """Steps, evaluations and checkpoints until a reason to end: finished, stop_loss, early_stopping, alarm, stopped."""
     run, recipe = session.run, session.recipe.train
     run.set_status(state="training", step=session.state.step, total_steps=session.state.total_steps)
     mx.reset_peak_memory()
@@ -150,7 +181,6 @@ def fit(session: Session, control: Control, glimpse: Glimpse | None = None) -> S
         event = pace.timed(take_step(session))
         run.set_status(step=event.step, eta_seconds=event.eta_seconds)
         yield event
-        yield from session.watch.see(event)
         improved = False
         if _due(session, recipe.eval_steps) or event.step == event.total_steps:
             improved = yield from evaluate(session)
@@ -243,9 +273,7 @@ def evaluate(session: Session) -> Stage[bool]:
         session.run.set_status(best_step=state.step, best_loss=loss)
     elif state.step > 0:
         session.state = replace(state, stale=state.stale + 1)
-    event = EvalEvent(step=state.step, best=best, metrics=metrics)
-    yield event
-    yield from session.watch.see(event)
+    yield EvalEvent(step=state.step, best=best, metrics=metrics)
     return best
 
 
@@ -262,11 +290,13 @@ def stop_reason(session: Session) -> str:
     state, recipe = session.state, session.recipe.train
     if state.step >= state.total_steps:
         return "finished"
-    epoch_loss = session.watch.finished_epoch_loss
+    epoch_loss = session.epoch_loss.finished
     if recipe.stop_loss is not None and epoch_loss is not None and epoch_loss < recipe.stop_loss:
         return "stop_loss"
     if recipe.early_stopping_patience is not None and state.stale >= recipe.early_stopping_patience:
         return "early_stopping"
+    if session.alarms.stopping:
+        return "alarm"
     return ""
 
 
@@ -299,7 +329,7 @@ def wait(session: Session, control: Control) -> Stage[Request]:
     return request
 
 
-def finish(session: Session, reason: str, closing: Closing | None, control: Control, started: float) -> Iterator[Event]:
+def finish(session: Session, reason: str, closing: Closing | None, control: Control, started: float) -> Stage[None]:
     """Publish the best adapter, let ``closing`` use the tuned model, and end."""
     run, state, stopped = session.run, session.state, reason == "stopped"
     run.set_status(state="finishing", eta_seconds=None)
@@ -313,7 +343,9 @@ def finish(session: Session, reason: str, closing: Closing | None, control: Cont
     yield EndEvent(
         step=state.step,
         reason=reason,
-        message=_MESSAGES[reason].format(step=state.step, total=state.total_steps, adapter=step),
+        message=_MESSAGES[reason].format(
+            step=state.step, total=state.total_steps, adapter=step, alarm=session.alarms.stopping
+        ),
         adapter=str(run.adapter),
         adapter_step=step,
         seconds=round(time.monotonic() - started, 1),

@@ -27,6 +27,7 @@ from localdpo.train.events import Event, EventChunk, ProgressEvent, SampleEvent,
 Request = Literal["resume", "pause", "stop"]
 
 ACTIVE_STATES = frozenset({"starting", "training", "paused", "finishing"})
+_PIECE = 1 << 20  # bytes
 STATUS_SECONDS = 0.5
 """status.json is replaced no more often than this, unless the state changes."""
 
@@ -103,10 +104,18 @@ class RunFolder:
         self.lock_file = self.path / "lock"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
+        self.start = self.path / "start"
 
     def info(self) -> dict[str, Any]:
-        """What the run was started with (run.json); empty when this is no run folder."""
-        return _read_object(self.info_file)
+        """What the run was started with (run.json); empty when this is no run folder.
+
+        The file may come from anywhere: parts that have another form than this program writes are left out.
+        """
+        return {key: value for key, value in _read_object(self.info_file).items() if _is_sound(key, value)}
+
+    def damaged_info(self) -> list[str]:
+        """The keys of run.json that :meth:`info` leaves out."""
+        return [key for key, value in _read_object(self.info_file).items() if not _is_sound(key, value)]
 
     def is_running(self) -> bool:
         """Whether a trainer holds the lock. A lock file left by a dead process counts for nothing."""
@@ -133,6 +142,13 @@ class RunFolder:
     def events(self, offset: int = 0, limit: int = -1) -> EventChunk:
         """The events after byte ``offset`` of metrics.jsonl; see :func:`read_events`."""
         return read_events(self.metrics_file, offset, limit)
+
+    def every_event(self) -> Iterator[Event]:
+        """All events from the beginning, read piece by piece: a long run has more than should be in memory at once."""
+        offset = 0
+        while (chunk := self.events(offset, _PIECE)).offset > offset and not chunk.restarted:
+            yield from chunk.events
+            offset = chunk.offset
 
     def samples(self) -> list[SampleEvent]:
         """The probe answers of a finished run."""
@@ -191,8 +207,12 @@ class ActiveRun(RunFolder):
                     state = "interrupted" if left else "failed"
                     self.set_status(state=state, message=str(error) or type(error).__name__, eta_seconds=None)
         finally:
-            self._metrics.close()
-            self._lock.release()
+            try:
+                # What a full disk did not take was reported when it was logged.
+                with suppress(OSError):
+                    self._metrics.close()
+            finally:
+                self._lock.release()
 
     @property
     def current(self) -> Status:
@@ -324,6 +344,18 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}
+
+
+def _is_sound(key: str, value: object) -> bool:
+    if key == "files":
+        return isinstance(value, dict) and all(_has_texts(entry, "path", "sha256") for entry in value.values())
+    if key == "model":
+        return _has_texts(value, "spec", "fingerprint")
+    return key not in ("recipe", "fork") or isinstance(value, dict)
+
+
+def _has_texts(value: object, *keys: str) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys)
 
 
 def _status(data: Mapping[str, Any]) -> Status:

@@ -26,10 +26,11 @@ from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraInfo, LoraSettings, attach_lora, load_adapter, lora_scale
 from localdpo.paths import cache_dir
 from localdpo.recipe import Recipe, Truncation
+from localdpo.train.alarms import Alarms
 from localdpo.train.checkpoint import Checkpoint, TrainState, load_latest, restore_rng, rng_state
 from localdpo.train.events import Event, ProgressEvent, StartEvent, WarningEvent
 from localdpo.train.inputs import Inputs
-from localdpo.train.monitor import Watch
+from localdpo.train.monitor import EpochLoss
 from localdpo.train.optimizer import AdapterOptimizer
 from localdpo.train.plan import Plan, make_plan, require_memory, require_memory_to_load, rows_per_step, total_steps
 from localdpo.train.retain import (
@@ -90,7 +91,8 @@ class Session:
     train: list[EncodedPair]
     reference: PairLogps | None
     held_out_reference: PairLogps | None
-    watch: Watch
+    alarms: Alarms
+    epoch_loss: EpochLoss
     state: TrainState
 
     @property
@@ -107,6 +109,23 @@ class Session:
     def loaded(self) -> LoadedModel:
         """The model, with the adapter attached."""
         return self.setup.loaded
+
+
+def watched(session: Session, work: Stage[T]) -> Stage[T]:
+    """Pass on the events of ``work``, each followed by the alarms it sets off; returns what ``work`` returns.
+
+    An alarm about sample answers comes before the event that shows that they are complete.
+    """
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as finished:
+            result: T = finished.value
+            return result
+        yield from session.alarms.settle(event)
+        yield event
+        session.epoch_loss.see(event)
+        yield from session.alarms.see(event)
 
 
 def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
@@ -190,7 +209,8 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
         train,
         reference,
         held_out_reference,
-        Watch(settings, order.steps_per_epoch),
+        Alarms.of(recipe, order.steps_per_epoch, [pair.chosen for pair in setup.inputs.train]),
+        EpochLoss(order.steps_per_epoch),
         _first_state(recipe, order),
     )
     if restored is not None:
@@ -205,7 +225,9 @@ def _first_state(recipe: Recipe, order: RowOrder) -> TrainState:
 
 def _go_on(session: Session, restored: Checkpoint) -> None:
     """Put the session where the checkpoint was taken; the adapter is on the model already."""
-    session.watch.replay(session.run.events().events)
+    for event in session.run.every_event():
+        session.alarms.replay([event])
+        session.epoch_loss.see(event)
     session.optimizer.restore(restored.optimizer)
     restore_rng(restored.state.rng)
     session.state = replace(restored.state, total_steps=session.state.total_steps)

@@ -11,8 +11,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from filelock import FileLock
 from localdpo import __version__
 from localdpo.errors import InputError, Problem
 from localdpo.files import atomic_write, environment_faults, require_space, sha256_file, write_json
+from localdpo.machine import describe_machine
 from localdpo.recipe import Recipe, dump_recipe
 from localdpo.train.events import StepEvent
 from localdpo.train.run import ActiveRun, RunFolder, Status, acquire
@@ -37,11 +39,20 @@ MAY_CHANGE = frozenset(
         "train.early_stopping_patience",
         "train.gradient_checkpointing",
         "train.memory",
+        "train.alarms",
+        "train.stop_on",
+        "train.report_to",
     }
 )
 """Keys that a resume may change: how long, how often and in how much memory, not what is computed."""
 
-_ENDS = ("train.max_steps", "train.num_train_epochs", "train.stop_loss", "train.early_stopping_patience")
+_ENDS = (
+    "train.max_steps",
+    "train.num_train_epochs",
+    "train.stop_loss",
+    "train.early_stopping_patience",
+    "train.stop_on",
+)
 _BY_CONTENT = ("data.train", "data.eval", "data.retain")
 _OURS = frozenset(
     {
@@ -58,8 +69,17 @@ _OURS = frozenset(
         "lock",
         "train.log",
         "checkpoints",
+        "start",
+        "tensorboard",
+        "wandb",
     }
 )
+ADAPTER_SHAPE = frozenset(
+    {"lora.r", "lora.alpha", "lora.use_rslora", "lora.target_modules", "lora.num_layers", "quantize"}
+)
+"""Settings that an adapter cannot go on without: those of its tensors and of the base they belong to."""
+_AFRESH = "start a new run by leaving out --resume"
+_OTHERWISE = f"go on from its adapter in a new run with --fork, or {_AFRESH}"
 _COPY_NAMES = {"data.train": "pairs.jsonl", "data.eval": "eval.jsonl"}
 _SPARE_BYTES = 16 << 20
 
@@ -79,18 +99,34 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """The earlier run that a run goes on from, at which step, and what had changed."""
+
+    run: str
+    step: int
+    changes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A run folder ready to train into; ``set_aside`` is where an earlier run was moved to."""
 
     run: ActiveRun
     set_aside: Path | None = None
+    fork: Fork | None = None
 
 
-def open_new(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
+def open_new(
+    recipe: Recipe,
+    files: Mapping[str, DataFile],
+    start: Path | None = None,
+    origin: Callable[[Path | None], Fork] | None = None,
+) -> Opened:
     """Make the run folder of ``recipe`` with its snapshot and take its lock.
 
-    A run that is already there is set aside, unless it never finished a step. Raises InputError for
-    a folder that is not a run's, EnvironmentFault for a full or read-only disk or a live trainer.
+    A run that is already there is set aside, unless it never finished a step. ``start`` is the adapter folder of a
+    fork, which becomes the run's own, and ``origin`` says where it is from, given where the earlier run was moved to.
+    Raises InputError for a folder that is not a run's, EnvironmentFault for a full or read-only disk or a live trainer.
     """
     path = Path(recipe.output_dir)
     require_space(path, _SPARE_BYTES + sum(file.path.stat().st_size for file in files.values()))
@@ -101,7 +137,10 @@ def open_new(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
         try:
             moved, lock = _set_aside(path, lock)
             _remove_ours(path)
-            _write_info(path, recipe, files)
+            if start is not None:
+                os.rename(start, path / "start")
+            fork = origin(moved) if origin is not None else None
+            _write_info(path, recipe, files, fork)
             run = ActiveRun(path, lock)
         except BaseException:
             lock.release()
@@ -113,7 +152,7 @@ def open_new(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
     except BaseException as error:
         run.__exit__(type(error), error, None)
         raise
-    return Opened(run, moved)
+    return Opened(run, moved, fork)
 
 
 def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
@@ -126,8 +165,13 @@ def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
     info = folder.info()
     if not info:
         raise InputError(Problem(str(folder.path), "there is no run here to resume", "Leave out --resume to start it"))
-    problems = [*_recipe_differences(info, recipe), *_file_differences(info, files, folder)]
-    if problems:
+    if damaged := folder.damaged_info():
+        raise InputError(
+            Problem(
+                str(folder.info_file), f"is damaged: {', '.join(damaged)}", "Start a new run by leaving out --resume"
+            )
+        )
+    if problems := [*what_changed(info, recipe, files, folder), *_damaged_copies(info, folder)]:
         raise InputError(*problems)
     lock = acquire(folder.path)
     try:
@@ -183,7 +227,7 @@ def _set_aside(path: Path, lock: FileLock) -> tuple[Path | None, FileLock]:
 def _worth_keeping(folder: RunFolder) -> bool:
     if folder.adapter.exists() or any(folder.checkpoints.glob("step-*")):
         return True
-    return any(isinstance(event, StepEvent) for event in folder.events().events)
+    return any(isinstance(event, StepEvent) for event in folder.every_event())
 
 
 def free_name(path: Path) -> Path:
@@ -204,7 +248,7 @@ def _remove_ours(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _write_info(path: Path, recipe: Recipe, files: Mapping[str, DataFile]) -> None:
+def _write_info(path: Path, recipe: Recipe, files: Mapping[str, DataFile], fork: Fork | None) -> None:
     write_json(
         path / "run.json",
         {
@@ -212,8 +256,10 @@ def _write_info(path: Path, recipe: Recipe, files: Mapping[str, DataFile]) -> No
             "id": uuid.uuid4().hex,
             "localdpo": __version__,
             "created": round(time.time(), 3),
+            "machine": describe_machine(),
             "recipe": recipe.model_dump(mode="json"),
             "files": {key: {"path": str(file.path), "sha256": file.sha256} for key, file in files.items()},
+            **({"fork": asdict(fork)} if fork else {}),
         },
     )
 
@@ -232,10 +278,17 @@ def _copy_files(run: ActiveRun, files: Mapping[str, DataFile]) -> None:
             os.replace(temporary, target)
 
 
+def what_changed(
+    info: Mapping[str, Any], recipe: Recipe, files: Mapping[str, DataFile], folder: RunFolder
+) -> list[Problem]:
+    """What is no longer as it was when the run of ``info`` (run.json) was started and may not change on a resume."""
+    return [*_recipe_differences(info, recipe), *_file_differences(info, files, folder)]
+
+
 def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
-    now = dict(_flat(recipe.model_dump(mode="json")))
+    now = dict(flat_settings(recipe.model_dump(mode="json")))
     # A setting that the run's version did not have yet worked as its default does now.
-    before = {**_defaults(), **dict(_flat(info.get("recipe", {})))}
+    before = {**_defaults(), **dict(flat_settings(info.get("recipe", {})))}
     problems = []
     for key, new in now.items():
         old = before.get(key)
@@ -246,7 +299,7 @@ def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem
             Problem(
                 key,
                 f"is {new}, and was {old} when this run was started",
-                "Set it back, or start a new run by leaving out --resume",
+                f"Set it back, or {_AFRESH if key in ADAPTER_SHAPE else _OTHERWISE}",
             )
         )
     return problems + _shorter(before, now)
@@ -254,11 +307,12 @@ def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem
 
 def _defaults() -> dict[str, Any]:
     least = Recipe.model_validate({"model": "-", "data": {"train": "-"}})
-    return dict(_flat(least.model_dump(mode="json")))
+    return dict(flat_settings(least.model_dump(mode="json")))
 
 
 def _refuse_finished(status: Status, info: Mapping[str, Any], recipe: Recipe) -> None:
-    before, now = dict(_flat(info.get("recipe", {}))), dict(_flat(recipe.model_dump(mode="json")))
+    before = {**_defaults(), **dict(flat_settings(info.get("recipe", {})))}
+    now = dict(flat_settings(recipe.model_dump(mode="json")))
     if any(before.get(key) != now[key] for key in _ENDS):
         return
     raise InputError(
@@ -275,17 +329,18 @@ def _shorter(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Problem]
     problems = []
     for key in ("train.max_steps", "train.num_train_epochs"):
         old, new = before.get(key, -1), now[key]
-        if 0 < new < old:
+        if isinstance(old, int | float) and 0 < new < old:
             problems.append(
                 Problem(key, f"is {new}, and this run was started with {old}", "A resume can only raise it")
             )
     return problems
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a dumped recipe by their dotted keys."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat_settings(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -298,8 +353,32 @@ def _file_differences(info: Mapping[str, Any], files: Mapping[str, DataFile], fo
         if was is not None and was["sha256"] != file.sha256:
             message = f"{file.path} has changed since this run was started"
             copy = _COPY_NAMES.get(key)
-            kept = f" (the run's own copy is {folder.path / copy})" if copy else ""
-            problems.append(Problem(key, message, f"Put it back{kept}, or start a new run by leaving out --resume"))
+            kept = ""
+            if copy:
+                message += _lines_changed(folder.path / copy, file.path)
+                kept = f" (the run's own copy is {folder.path / copy})"
+            problems.append(Problem(key, message, f"Put it back{kept}, or {_OTHERWISE}"))
+    return problems
+
+
+def _lines_changed(before: Path, now: Path) -> str:
+    """How many lines came and went, in brackets; nothing when one of the files cannot be read."""
+    try:
+        old, new = (Counter(_line_sums(path)) for path in (before, now))
+    except OSError:
+        return ""
+    if old == new:
+        return " (the same lines in another order)"
+    return f" ({(new - old).total():,} lines added, {(old - new).total():,} removed)"
+
+
+def _line_sums(path: Path) -> Iterator[int]:
+    with path.open("rb") as file:
+        yield from (hash(line.rstrip(b"\r\n")) for line in file)
+
+
+def _damaged_copies(info: Mapping[str, Any], folder: RunFolder) -> list[Problem]:
+    problems, known = [], info.get("files", {})
     for name, copy in ((n, c) for n, c in _COPY_NAMES.items() if n in known):
         at = folder.path / copy
         if not at.is_file() or sha256_file(at) != known[name]["sha256"]:

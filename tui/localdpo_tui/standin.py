@@ -10,22 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 
-from localdpo.text import sanitise
+from localdpo.text import UNSAFE_RANGES, sanitise
 
-__all__ = ["StandIns", "picture"]
+__all__ = ["StandIns", "picture", "signs"]
 
-_CODES = (
-    *range(0x09),
-    *range(0x0B, 0x20),
-    *range(0x7F, 0xA0),
-    0x061C,
-    0x200E,
-    0x200F,
-    *range(0x2028, 0x202F),
-    *range(0x2066, 0x206A),
-)
-_BLOCK = 0x80
-_BLOCKS = tuple(range(0x10FF00, 0x10F000, -_BLOCK))
+# Lone surrogates are not among them: no file of pairs holds one.
+_CODES = tuple(code for first, last in UNSAFE_RANGES if first != 0xD800 for code in range(first, last + 1))
+_BLOCK = 0x100
+_BLOCKS = tuple(range(0x10FE00, 0x10F000, -_BLOCK))
 _HIGHEST = chr(_BLOCKS[0] + _BLOCK - 1)
 _LOWEST = chr(_BLOCKS[-1])
 
@@ -36,9 +28,18 @@ def _visible(code: int) -> str:
 
 
 @cache
+def _signs() -> dict[int, str]:
+    return {code: _visible(code) for code in _CODES}
+
+
+def signs(text: str) -> str:
+    """Return `text` with a visible sign for each control character, for good: there is no way back."""
+    return text.translate(_signs())
+
+
+@cache
 def _pictures() -> dict[int, str]:
-    signs = [_visible(code) for code in _CODES]
-    return {block + i: sign for block in _BLOCKS for i, sign in enumerate(signs)}
+    return {block + i: sign for block in _BLOCKS for i, sign in enumerate(_signs().values())}
 
 
 def picture(text: str) -> str:

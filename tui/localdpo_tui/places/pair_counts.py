@@ -10,13 +10,14 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from textual.content import Content
 from textual.timer import Timer
 
+from localdpo.data.worddiff import different_words
 from localdpo.errors import LocalDPOError
 from localdpo_tui.places.pair_files import PairFiles
 from localdpo_tui.services.pair_limits import PairLimits
 from localdpo_tui.services.pair_rows import estimate_tokens, row_findings
-from localdpo_tui.services.worddiff import different_words
 from localdpo_tui.widgets.pair_editor import PairEditor
 
 if TYPE_CHECKING:
@@ -108,11 +109,11 @@ class PairCounts(PairFiles):
         turns = self.editor.turns
         for box in turns:
             box.border_subtitle = ""
-        turns[-1].border_subtitle = f"{about}{prompt:,} tokens"
+        turns[-1].border_subtitle = Content(f"{about}{prompt:,} tokens")
         for answer, count in zip((self.editor.chosen, self.editor.rejected), answers, strict=True):
             total = prompt + count
             over = " too long" if total > self.max_length else ""
-            answer.border_subtitle = f"{about}{total:,}/{self.max_length:,} tokens{over}"
+            answer.border_subtitle = Content(f"{about}{total:,}/{self.max_length:,} tokens{over}")
             answer.set_class(bool(over), "-too-long")
 
     def _show_findings(self, draft: PairDraft, counts: tuple[int, int, int]) -> None:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textual.content import Content
+
 from localdpo.errors import EnvironmentFault, LocalDPOError
 from localdpo_tui.places.base import Place
 from localdpo_tui.shown import one_line
@@ -175,7 +177,8 @@ class PairFiles(Place):
             shown = len(self.query_one("#list").keys)  # type: ignore[attr-defined]
         total = len(store)
         count = f"{total:,}" if shown >= total else f"{shown:,} of {total:,}"
-        pane.border_title = f"{one_line(store.path.name)} · {count} {'pair' if total == 1 else 'pairs'}"
+        title = f"{one_line(store.path.name)} · {count} {'pair' if total == 1 else 'pairs'}"
+        pane.border_title = Content(title)
         pane.border_subtitle = "not saved yet: Ctrl+S" if store.dirty else "saved"
 
     # -- finding rows

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.content import Content
 from textual.events import Resize, ScreenResume
 from textual.timer import Timer
 from textual.widgets import Input, Static
@@ -24,9 +25,10 @@ from localdpo.errors import LocalDPOError
 from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.places.pair_tools import PairTools
 from localdpo_tui.services.pair_rows import RowLine, can_edit, row_line
-from localdpo_tui.shown import one_line
+from localdpo_tui.shown import inert, one_line
 from localdpo_tui.widgets.pair_editor import PairEditor
 from localdpo_tui.widgets.pair_list import PairList
+from localdpo_tui.widgets.safe_input import SafeInput
 
 if TYPE_CHECKING:
     from localdpo.data.rows import Row
@@ -43,7 +45,7 @@ SETTLE_SECONDS = 0.06
 """How long the cursor rests before the editor follows: holding an arrow key must not load every pair passed."""
 
 
-class SearchInput(Input):
+class SearchInput(SafeInput):
     """The line to search with."""
 
     HELP = """Words search prompts and answers. tag:NAME, state:unsaved and problem:NAME filter; a minus before any of
@@ -206,7 +208,7 @@ class PairsPlace(PairTools):
         if first:
             self._lines = first
             self.rows.show(list(first), len(first))
-        self.query_one("#list-pane").border_title = one_line(file.name)
+        self.query_one("#list-pane").border_title = Content(one_line(file.name))
 
     def refresh_rows(self) -> None:
         """Draw the rows again: what is known of them has changed, though they have not."""
@@ -262,8 +264,8 @@ class PairsPlace(PairTools):
         try:
             keys, numbers = await asyncio.to_thread(self.find, query, set(self._fresh), over.is_set)
         except LocalDPOError as error:
-            self.query_one(SearchInput).tooltip = str(error)
-            self.query_one("#list-pane").border_subtitle = one_line(str(error), 70)
+            self.query_one(SearchInput).tooltip = inert(str(error))
+            self.query_one("#list-pane").border_subtitle = Content(one_line(str(error), 70))
             return
         except (KeyError, ValueError, OSError):
             if store is self.store:

@@ -24,6 +24,7 @@ from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.places.base import Place
 from localdpo_tui.services import run_list
 from localdpo_tui.services.kept import Kept, keep_run, read_kept, roll_back
+from localdpo_tui.services.reporting import is_stale, make_report
 from localdpo_tui.services.run_list import Curves, RunRow, share_text
 from localdpo_tui.services.run_view import state_sign
 from localdpo_tui.services.viewer import open_file
@@ -67,12 +68,10 @@ class RunsPlace(Place):
         Action("runs.keep", "k", "Keep", "Keep this run as the current one."),
         Action("runs.roll_back", "b", "Roll back", "Go back to the run that was kept before."),
         Action("runs.chat", "t", "Talk", "Talk to this run's model."),
-        Action(
-            "runs.blind", "ctrl+b", "Blind A/B", "Judge two marked runs, or this one and its base, names hidden."
-        ),
+        Action("runs.blind", "ctrl+b", "Blind A/B", "Judge two marked runs, or this one and its base, names hidden."),
         Action("runs.watch", "w", "Watch", "Show this run in Train, with all its charts and answers."),
         Action("runs.resume", "g", "Go on", "Go on with this run from its checkpoint."),
-        Action("runs.report", "o", "Report", "Open this run's report."),
+        Action("runs.report", "o", "Report", "Make this run's report if need be, and open it."),
         Action("runs.delete", "delete,d", "Delete", "Move this run to the trash."),
         Action("runs.undo", "ctrl+z", "Undo", "Bring back the run deleted last.", footer=False),
         Action("runs.view", "v,f7", "View", "Charts or details, where there is no room for both.", footer=False),
@@ -174,7 +173,7 @@ class RunsPlace(Place):
         steps = f"{row.step}/{row.total_steps}" if row.step < row.total_steps else f"{row.step:,}"
         texts = (
             fit(f"{sign}{letter} {one_line(row.name)}", _COLUMNS[0][1]),
-            f"{state_sign(row.state)} {row.state}",
+            f"{state_sign(row.state)} {one_line(row.state)}",
             pairs.rjust(_COLUMNS[2][1]),
             steps.rjust(_COLUMNS[3][1]),
             accuracy.rjust(_COLUMNS[4][1]),
@@ -361,12 +360,14 @@ class RunsPlace(Place):
 
     @work(group="report")
     async def action_report(self) -> None:
-        """Open the report in whatever this system opens pages with."""
+        """Make the report if there is none of the run as it is now, and open it in the browser."""
         row = self.current
         if row is None:
             return
-        report = row.path / "report.html"
+        if is_stale(row.path):
+            self.app.tell("Making the report…")
         try:
+            report = await asyncio.to_thread(make_report, row.path)
             if await asyncio.to_thread(open_file, report):
                 self.app.tell("The report is open in your browser.")
             else:
@@ -387,7 +388,7 @@ class RunsPlace(Place):
             case "resume":
                 return row is not None and row.resumable
             case "report":
-                return row is not None and row.report
+                return row is not None
             case "roll_back":
                 return bool(self.kept.before)
             case "delete":

@@ -144,7 +144,8 @@ class CandidatesScreen(Screen[None]):
         runs = await asyncio.to_thread(tuned_runs, self.app.folder)
         self._model = (await asyncio.to_thread(limits_for, self.app.folder, self._pairs)).model
         by = self.query_one("#candidates-by", Select)
-        by.set_options([(f"the base, {one_line(self._model)}", ""), *((one_line(run.name), run.name) for run in runs)])
+        named = [(f"the base, {one_line(self._model)}", ""), *((one_line(run.name), run.name) for run in runs)]
+        by.set_options((Content(name), value) for name, value in named)
         self._list_prompts()
         await self._show_row(0)
         if self._start and self._asked:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, Select, Static
 
@@ -18,6 +19,7 @@ from localdpo_tui.services.conversation import Mode
 from localdpo_tui.shown import one_line
 from localdpo_tui.widgets.editor import SafeTextArea
 from localdpo_tui.widgets.footer import FooterLine
+from localdpo_tui.widgets.safe_input import SafeInput
 from localdpo_tui.widgets.sampling import SamplingForm
 
 if TYPE_CHECKING:
@@ -70,11 +72,12 @@ class ChatOptionsScreen(ModalScreen[ChatSettings | None]):
             box.border_title = "Chat options"
             with Horizontal(classes="line"):
                 yield Static("Tuned by", classes="label")
-                runs = [("no run: the base alone", "")] + [(one_line(name), name) for name in self._runs]
+                names = {"": "no run: the base alone"} | {name: one_line(name) for name in self._runs}
+                runs = [(Content(shown), name) for name, shown in names.items()]
                 yield Select(runs, value=settings.run, allow_blank=False, compact=True, id="option-run")
             with Horizontal(classes="line"):
                 yield Static("Base model", classes="label")
-                yield Input(settings.model, compact=True, id="option-model", disabled=bool(settings.run))
+                yield SafeInput(settings.model, compact=True, id="option-model", disabled=bool(settings.run))
             with Horizontal(classes="line"):
                 yield Static("Answers", classes="label")
                 modes = [(label, mode) for mode, label in _MODES.items()]

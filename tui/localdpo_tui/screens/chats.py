@@ -18,6 +18,7 @@ from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.services.chats import matching
 from localdpo_tui.services.conversation import Chat
 from localdpo_tui.shown import one_line
+from localdpo_tui.widgets.safe_input import SafeInput
 
 __all__ = ["ChatsScreen"]
 
@@ -48,7 +49,7 @@ class ChatsScreen(ModalScreen[Chat | None]):
         with Vertical(classes="box") as box:
             box.border_title = "Chats"
             box.border_subtitle = "Enter opens, Esc cancels"
-            yield Input(placeholder="words that were said", compact=True, id="chats-words")
+            yield SafeInput(placeholder="words that were said", compact=True, id="chats-words")
             yield OptionList(id="chats-list")
             yield Static("No chat has all of these words." if self._chats else "There is no chat yet.", id="chats-none")
 

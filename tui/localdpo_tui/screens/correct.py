@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Input, Select, Static
@@ -29,6 +30,7 @@ from localdpo_tui.services.correction import Correction, CorrectionDraft
 from localdpo_tui.shown import inert, one_line
 from localdpo_tui.widgets.editor import SafeTextArea
 from localdpo_tui.widgets.footer import FooterLine
+from localdpo_tui.widgets.safe_input import SafeInput
 
 if TYPE_CHECKING:
     from localdpo_tui.app import LocalDPOApp
@@ -91,10 +93,12 @@ class CorrectScreen(Screen[MadePair | None]):
                 yield copy
             with Horizontal(id="correct-where"):
                 yield Static("Into ", classes="muted")
-                options = [(one_line(self._shown_name(file)), number) for number, file in enumerate(self._files)]
+                options = [
+                    (Content(one_line(self._shown_name(file))), number) for number, file in enumerate(self._files)
+                ]
                 yield Select(options, value=0, allow_blank=False, compact=True, id="correct-file")
                 yield Static(" Tags ", classes="muted")
-                yield Input(", ".join(self._correction.tags), placeholder="none", compact=True, id="correct-tags")
+                yield SafeInput(", ".join(self._correction.tags), placeholder="none", compact=True, id="correct-tags")
         yield FooterLine()
 
     def _shown_name(self, file: Path) -> str:

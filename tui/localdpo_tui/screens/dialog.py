@@ -8,6 +8,7 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
 from textual.events import Key
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
@@ -37,7 +38,7 @@ class Dialog(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         """Lay out the question above its answers."""
         with Vertical(classes="box") as box:
-            box.border_title = one_line(self._title)
+            box.border_title = Content(one_line(self._title))
             with VerticalScroll(can_focus=False):
                 yield Static(inert(self._text))
             with Horizontal():

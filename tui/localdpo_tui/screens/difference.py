@@ -11,9 +11,9 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from localdpo.data.worddiff import Piece, merged
 from localdpo.text import sanitise
 from localdpo_tui.actions import Action, bindings, register
-from localdpo_tui.services.worddiff import Piece, merged
 
 __all__ = ["DifferenceScreen"]
 

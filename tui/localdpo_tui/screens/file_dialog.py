@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.shown import inert, one_line
+from localdpo_tui.widgets.safe_input import SafeInput
 
 __all__ = ["FileDialog"]
 
@@ -59,10 +61,10 @@ class FileDialog(ModalScreen[Path | None]):
     def compose(self) -> ComposeResult:
         """A line and a list."""
         with Vertical(classes="box") as box:
-            box.border_title = one_line(self._title)
+            box.border_title = Content(one_line(self._title))
             box.border_subtitle = "Enter takes it, Esc cancels"
             hint = "name of a new file, or a path" if self._files else "path; ~ is your home folder"
-            yield Input(self._value, placeholder=hint, compact=True)
+            yield SafeInput(self._value, placeholder=hint, compact=True)
             yield OptionList(compact=True)
             yield Static(id="problem", markup=False)
 

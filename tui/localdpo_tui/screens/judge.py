@@ -22,7 +22,7 @@ from localdpo.data.fields import Message
 from localdpo.errors import LocalDPOError
 from localdpo.evaluate.blind import Choice, Shown
 from localdpo_tui.actions import Action, bindings, register
-from localdpo_tui.shown import inert
+from localdpo_tui.shown import inert, one_line
 from localdpo_tui.widgets.footer import FooterLine
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def conversation(prompt: Sequence[Message]) -> Content:
     """A prompt as text: the last turn alone, or each turn with its role."""
     if len(prompt) == 1:
         return inert(prompt[0]["content"])
-    parts = [Content.assemble((f"{turn['role']}: ", "bold"), inert(turn["content"])) for turn in prompt]
+    parts = [Content.assemble((f"{one_line(turn['role'])}: ", "bold"), inert(turn["content"])) for turn in prompt]
     return Content("\n").join(parts)
 
 
@@ -107,7 +107,7 @@ class JudgeScreen(Screen[None]):
         with Horizontal(id="judge-answers"):
             for number, name in enumerate(("first", "second"), 1):
                 with VerticalScroll(classes="pane", id=f"judge-{name}", can_focus=False) as pane:
-                    pane.border_title = f"{number}"
+                    pane.border_title = Content(f"{number}")
                     yield Static(id=f"judge-{name}-text")
         with Vertical(id="judge-empty", classes="empty"):
             yield Static(id="judge-waiting")

@@ -19,6 +19,7 @@ from localdpo.console.terminal import bytes_text, duration_text
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.evaluate.figures import TAUGHT
 from localdpo.files import environment_faults
+from localdpo.report.differences import recipe_differences
 from localdpo.train.events import EndEvent, EvalEvent, Event, StartEvent, StepEvent, event_from_json
 from localdpo.train.run import RunFolder, Status, find_runs
 from localdpo_tui.services.run_view import CHARTS, CHUNK_BYTES, HELD_OUT
@@ -69,7 +70,6 @@ class RunRow:
     message: str = ""
     lines: tuple[str, ...] = ()
     adapter: bool = False
-    report: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,7 +122,6 @@ def read_row(run: RunFolder) -> RunRow:
         message=status.message or (end.message if end is not None else ""),
         lines=tuple(line for line in figures.get("lines", ()) if isinstance(line, str)),
         adapter=(run.adapter / "adapter_config.json").is_file(),
-        report=(run.path / "report.html").is_file(),
         recipe=recipe if isinstance(recipe, Mapping) else {},
     )
 
@@ -264,26 +263,6 @@ _FIGURES: dict[str, Callable[[RunRow], str]] = {
     "time": lambda row: "" if row.seconds is None else duration_text(row.seconds),
     "size": lambda row: bytes_text(row.bytes),
 }
-
-
-def recipe_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys whose values differ between two recipes as plain JSON (run.json's "recipe"), with both values."""
-    left, right = _flat(before), _flat(after)
-    return [
-        (key, left.get(key), right.get(key))
-        for key in dict.fromkeys([*left, *right])
-        if left.get(key) != right.get(key)
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + str(key)] = value
-    return flat
 
 
 # -- the trash

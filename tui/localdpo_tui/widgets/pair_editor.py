@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, VerticalScroll
+from textual.content import Content
 from textual.message import Message as UIMessage
 from textual.widget import Widget
 from textual.widgets import Input, Label, Static, TextArea
 
 from localdpo_tui.actions import Action, bindings, register
-from localdpo_tui.shown import inert
+from localdpo_tui.shown import inert, one_line
 from localdpo_tui.standin import StandIns
 from localdpo_tui.widgets.editor import SafeTextArea
+from localdpo_tui.widgets.safe_input import SafeInput
 
 if TYPE_CHECKING:
     from localdpo.data.fields import Message
@@ -31,6 +33,10 @@ __all__ = ["PairEditor", "TextBox", "TurnBox"]
 _TITLES = {"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 
 
+def _role(message: Message) -> str:
+    return _TITLES.get(message["role"]) or one_line(message["role"])
+
+
 class TextBox(SafeTextArea):
     """A titled text of the pair, its count in the lower border."""
 
@@ -39,14 +45,14 @@ class TextBox(SafeTextArea):
     def __init__(self, title: str, raw: str = "", **options: Any) -> None:
         super().__init__(raw, highlight_cursor_line=False, **options)
         self.add_class("pane")
-        self.border_title = title
+        self.border_title = Content(title)
 
 
 class TurnBox(TextBox):
     """One turn of the prompt. Keys of the message other than its content are kept as they are."""
 
     def __init__(self, message: Message) -> None:
-        super().__init__(_TITLES.get(message["role"], message["role"]), message["content"])
+        super().__init__(_role(message), message["content"])
         self._message = message
 
     @property
@@ -57,7 +63,7 @@ class TurnBox(TextBox):
     def put(self, message: Message) -> None:
         """Show another turn."""
         self._message = message
-        self.border_title = _TITLES.get(message["role"], message["role"])
+        self.border_title = Content(_role(message))
         if self.raw != message["content"]:
             self.raw = message["content"]
 
@@ -133,8 +139,8 @@ class PairEditor(Widget):
         # Kept by name, not looked up: whoever counts may ask when the screen is on its way out.
         self.chosen = TextBox("Chosen", id="chosen")
         self.rejected = TextBox("Rejected", id="rejected")
-        self._tag_line = Input(id="tags", placeholder="none; several with commas", compact=True)
-        self._weight_line = Input(id="weight", placeholder="1", compact=True)
+        self._tag_line = SafeInput(id="tags", placeholder="none; several with commas", compact=True)
+        self._weight_line = SafeInput(id="weight", placeholder="1", compact=True)
         self._findings = Static(id="findings")
 
     def compose(self) -> ComposeResult:

@@ -22,6 +22,7 @@ from textual.widgets import Input, Static
 from localdpo.errors import InputError, LocalDPOError, Problem
 from localdpo_tui.shown import inert, one_line
 from localdpo_tui.widgets.recipe_form import FormRow, RecipeForm, matching
+from localdpo_tui.widgets.safe_input import SafeInput
 
 if TYPE_CHECKING:
     from localdpo.recipe_edit import RecipeEdit, Setting
@@ -65,11 +66,11 @@ class RecipePane(Vertical):
 
     def compose(self) -> ComposeResult:
         """Lay out search, list, help and field from top to bottom."""
-        yield Input(placeholder="search keys", id="search", compact=True)
+        yield SafeInput(placeholder="search keys", id="search", compact=True)
         yield RecipeForm(id="form")
         yield Static(inert(NO_RECIPE), id="no-recipe", classes="empty")
         yield Static(id="about", markup=False)
-        yield Input(id="value", compact=True)
+        yield SafeInput(id="value", compact=True)
 
     def on_mount(self) -> None:
         """Name the pane."""

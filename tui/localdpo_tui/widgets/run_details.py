@@ -10,22 +10,22 @@ from textual.content import Content
 
 from localdpo_tui.services.run_list import RunRow, compared_figures, recipe_differences
 from localdpo_tui.services.run_view import state_sign
-from localdpo_tui.shown import fit, one_line
+from localdpo_tui.shown import fit, inert, one_line
 
 __all__ = ["about", "differences"]
 
 
-def about(shown: Sequence[RunRow], current: str) -> Iterator[Content]:
+def about(shown: Sequence[RunRow], current: str | None) -> Iterator[Content]:
     """Runs one after another; `current` is the name of the one that is kept."""
     for row in shown:
-        yield Content.assemble((f"{state_sign(row.state)} {row.state}", "bold"), f"  {one_line(row.model)}")
+        yield Content.assemble((f"{state_sign(row.state)} {one_line(row.state)}", "bold"), f"  {one_line(row.model)}")
         if row.message:
             yield Content(one_line(row.message, 1000))
         if row.name == current:
             yield Content.styled("★ the current run: Chat opens it first", "$text-success")
         yield Content("")
         for name, _, value in compared_figures(row, row):
-            yield Content(f"{name:20} {value}")
+            yield inert(f"{name:20} {value}")
         yield Content("")
         for line in row.lines:
             yield Content(one_line(line, 400))
@@ -43,7 +43,7 @@ def differences(first: RunRow, second: RunRow) -> Iterator[Content]:
     yield Content.assemble(("A ", "bold"), one_line(first.name), ("   B ", "bold"), one_line(second.name))
     yield Content("")
     for name, left, right in compared_figures(first, second):
-        yield Content(f"{name:20} {fit(left or '-', 12)} {right or '-'}")
+        yield inert(f"{name:20} {fit(left or '-', 12)} {right or '-'}")
     yield Content("")
     differing = recipe_differences(first.recipe, second.recipe)
     if not differing:

@@ -31,6 +31,7 @@ class RunPane(Vertical):
     DEFAULT_CSS = """
     RunPane > #headline { height: auto; max-height: 3; padding: 0 1; }
     RunPane > #notes { height: 30%; min-height: 4; padding: 0 1; }
+    RunPane > #notes.warned { min-height: 8; }
     RunPane > #run-empty { padding: 1 2; height: 1fr; }
     """
 
@@ -102,12 +103,14 @@ class RunPane(Vertical):
         self.query_one("#headline", Static).update(
             Content.assemble(head, "\n", (one_line(figures), "$text-muted")) if figures else head
         )
+        # Room for a whole sentence and its advice, on the smallest terminal too.
+        self.query_one("#notes").set_class(any(note.kind == "warning" for note in view.notes), "warned")
         self.query_one("#said", Static).update(Content("\n").join(_said(view)))
 
 
 def _said(view: RunView) -> Iterator[Content]:
-    """The latest first: notes in words, then the sample answers."""
-    for note in reversed(view.notes):
+    """What went wrong, the other notes, the sample answers: the latest of each first."""
+    for note in sorted(reversed(view.notes), key=lambda note: note.kind != "warning"):
         yield _note(note)
     if not view.notes:
         yield Content.styled("Nothing to say yet.", "$text-muted")

@@ -12,6 +12,7 @@ from textual.widgets import Input, Static
 
 from localdpo.errors import InputError, Problem
 from localdpo.model.sampling import SamplingOptions
+from localdpo_tui.widgets.safe_input import SafeInput
 
 __all__ = ["SamplingForm"]
 
@@ -48,7 +49,7 @@ class SamplingForm(Horizontal):
             label, width = _LABELS[name]
             value = self._values.get(name)
             yield Static(label)
-            field = Input(
+            field = SafeInput(
                 "" if value is None else f"{value}", compact=True, id=f"sampling-{name}", select_on_focus=True
             )
             field.styles.width = width

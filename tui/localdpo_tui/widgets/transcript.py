@@ -22,7 +22,7 @@ from textual.widgets import Markdown, Static
 from localdpo.text import StreamSanitiser, sanitise
 from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.services.conversation import Reply, Side, Turn
-from localdpo_tui.shown import inert
+from localdpo_tui.shown import inert, one_line
 
 __all__ = ["ReplyView", "Transcript", "TurnView"]
 
@@ -40,7 +40,7 @@ class ReplyView(Vertical):
     def __init__(self, side: Side, name: str, reply: Reply | None, markdown: bool = False) -> None:
         super().__init__(classes=f"reply -{side}")
         self.side: Side = side
-        self._who = name
+        self._who = one_line(name)
         self._clean = StreamSanitiser()
         self._text = ""
         self._dirty = False
