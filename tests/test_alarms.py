@@ -21,7 +21,7 @@ from localdpo.train.events import EndEvent, EvalEvent, Event, SampleEvent, Start
 from localdpo.train.loop import train
 from localdpo.train.run import Control, RunFolder, read_events
 
-RUNS = Path(__file__).parent / "data" / "runs"
+RUNS = Path(__file__).parent / "data" / "recorded"
 DOCS = Path(__file__).parents[1] / "docs" / "alarms.md"
 
 

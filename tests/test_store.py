@@ -151,6 +151,8 @@ def step(opened: PairStore, model: Lines, what: str, where: int, number: int) ->
     elif what == "save":
         opened.save()
         assert path_bytes(opened) == model.file()
+        # An empty file has no last line without an end: what is written into it then is lines.
+        model.keeps_end = model.keeps_end or not model.segments
     elif key is not None and at is not None:
         edit_row(opened, model, what, at, key, number)
 

@@ -255,6 +255,7 @@ def _corpus(metric: Any, answers: Sequence[str], references: Sequence[Sequence[s
     most = max(map(len, references))
     # sacrebleu wants one list for each first, second, … reference; None where an answer has fewer.
     streams = [[texts[n] if n < len(texts) else None for texts in references] for n in range(most)]
+    _in_plain_floats(metric)
     score = metric.corpus_score(list(answers), streams, n_bootstrap=BOOTSTRAPS)
     signature = str(metric.get_signature().format())
     told = json.loads(score.format(width=6, signature=signature, is_json=True))
@@ -263,3 +264,15 @@ def _corpus(metric: Any, answers: Sequence[str], references: Sequence[Sequence[s
     if mean is None:
         return CorpusScore(value, None, None, signature)
     return CorpusScore(value, max(0.0, mean - half), min(100.0, mean + half), signature)
+
+
+def _in_plain_floats(metric: Any) -> None:
+    """Have resamples scored as float: sacrebleu 2.6 cannot average its mixture of float and NumPy's float32."""
+    compute = metric._compute_score_from_stats
+
+    def plain(stats: Any) -> Any:
+        score = compute(stats)
+        score.score = float(score.score)
+        return score
+
+    metric._compute_score_from_stats = plain
