@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from localdpo.data import ground, store
@@ -106,6 +106,11 @@ class Lines:
         self.before.append(list(self.segments))
         self.after.clear()
 
+    def saved(self) -> None:
+        """New lines now end as the first line of what was written, and an empty file has no line without an end."""
+        now = Lines(self.file())
+        self.end, self.keeps_end = now.end, now.keeps_end
+
     def file(self) -> bytes:
         return expected_file(self.bom, self.segments, self.keeps_end, self.end)
 
@@ -113,11 +118,11 @@ class Lines:
 @calmly
 @given(st.booleans(), st.lists(st.tuples(ODD_LINES, ENDS), max_size=8), st.booleans(), STEPS)
 def test_untouched_lines_keep_their_bytes_whatever_is_done_to_others(tmp_path_factory, bom, parts, final_end, steps):
+    # As the first line of what is left, such a one would make the file look like UTF-16.
+    assume(not any(text.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in text[:4] for text, _ in parts))
     path = tmp_path_factory.mktemp("w") / "a.jsonl"
     data = (b"\xef\xbb\xbf" if bom else b"") + b"".join(text + end for text, end in parts)
     data = data if final_end else data.removesuffix(b"\n").removesuffix(b"\r")
-    if data[:4].find(b"\x00") >= 0 or data.startswith(b"\xff\xfe"):
-        data = b"\n\n\n\n" + data
     path.write_bytes(data)
     model = Lines(data)
     with pytest.MonkeyPatch.context() as patch, PairStore.open(path) as opened:
@@ -151,8 +156,7 @@ def step(opened: PairStore, model: Lines, what: str, where: int, number: int) ->
     elif what == "save":
         opened.save()
         assert path_bytes(opened) == model.file()
-        # An empty file has no last line without an end: what is written into it then is lines.
-        model.keeps_end = model.keeps_end or not model.segments
+        model.saved()
     elif key is not None and at is not None:
         edit_row(opened, model, what, at, key, number)
 
