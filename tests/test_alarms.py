@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from training import collect, of, recipe_for, workspace, write_rows
+from training import collect, of, recipe_for, stopped_at, workspace, write_rows
 
 from localdpo.console.display import make_display
 from localdpo.errors import InputError
@@ -18,8 +18,7 @@ from localdpo.evaluate.probes import closing, glimpse
 from localdpo.recipe import Recipe, TrainRecipe, check_recipe
 from localdpo.train.alarms import THRESHOLDS, Alarms
 from localdpo.train.events import EndEvent, EvalEvent, Event, SampleEvent, StartEvent, StepEvent, WarningEvent
-from localdpo.train.loop import train
-from localdpo.train.run import Control, RunFolder, read_events
+from localdpo.train.run import RunFolder, read_events
 
 RUNS = Path(__file__).parent / "data" / "recorded"
 DOCS = Path(__file__).parents[1] / "docs" / "alarms.md"
@@ -448,15 +447,6 @@ def test_facts_that_are_lost_are_counted_at_the_end_before_the_end_event(root):
     assert said(events)[-1] == "facts-lost"
     assert events[-2].code == "facts-lost"
     assert isinstance(events[-1], EndEvent)
-
-
-def stopped_at(recipe: Recipe, step: int) -> list[Event]:
-    control, seen = Control(), []
-    for event in train(recipe, control=control):
-        seen.append(event)
-        if isinstance(event, StepEvent) and event.step == step:
-            control.stop()
-    return seen
 
 
 @pytest.mark.parametrize("step", [3, pytest.param(5, marks=pytest.mark.slow)])

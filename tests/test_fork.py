@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from tiny import tiny_model
-from training import adapter_arrays, collect, losses, of, recipe_for, workspace, write_rows
+from training import adapter_arrays, collect, losses, of, recipe_for, stopped_at, workspace, write_rows
 
 from localdpo.errors import EnvironmentFault, InputError
 from localdpo.recipe import dump_recipe
 from localdpo.train.events import StartEvent, StepEvent, WarningEvent
 from localdpo.train.loop import plan, train
-from localdpo.train.run import Control, RunFolder, acquire, find_runs
+from localdpo.train.run import RunFolder, acquire, find_runs
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"train__save_steps": 2, "train__max_steps": 7, "data__eval": None, "lora__dropout": 0.1}
@@ -35,15 +35,6 @@ def root(shared, tmp_path, monkeypatch):
     (tmp_path / "model").symlink_to(shared / "model")
     (tmp_path / "pairs.jsonl").write_bytes((shared / "pairs.jsonl").read_bytes())
     return tmp_path
-
-
-def _stopped(recipe, step, **options):
-    control, seen = Control(), []
-    for event in train(recipe, control=control, **options):
-        seen.append(event)
-        if isinstance(event, StepEvent) and event.step == step:
-            control.stop()
-    return seen
 
 
 def _left_before_the_first_step(recipe, **options):
@@ -63,7 +54,7 @@ def _more_pairs(root):
 
 def test_what_may_not_be_resumed_can_be_forked(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 4)
+    stopped_at(recipe, 4)
     before = _everything(recipe.output_dir)
     _more_pairs(root)
     changed = recipe_for(root, **SETTINGS, train__learning_rate=2e-3, dpo__beta=0.3)
@@ -93,7 +84,7 @@ def test_what_may_not_be_resumed_can_be_forked(root):
 @pytest.mark.slow
 def test_a_fork_starts_from_the_earlier_adapter_and_with_the_base_as_reference(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 6)
+    stopped_at(recipe, 6)
     first = losses(collect(recipe, fork=True))
     assert first[0] < 0.9 * losses(collect(recipe))[0]
 
@@ -101,11 +92,11 @@ def test_a_fork_starts_from_the_earlier_adapter_and_with_the_base_as_reference(r
 @pytest.mark.slow
 def test_a_fork_is_resumed_to_the_bit_with_the_recipe_as_it_is_written(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 4)
+    stopped_at(recipe, 4)
     whole = losses(collect(recipe, fork=True))
     adapter = (recipe.output_dir / "adapter" / "adapters.safetensors").read_bytes()
     earlier = recipe_for(root, **SETTINGS, output_dir=recipe.output_dir.with_name("a.1"))
-    _stopped(earlier, 3, fork=True)
+    stopped_at(earlier, 3, fork=True)
     assert losses(collect(earlier, resume=True)) == whole[3:]
     assert (earlier.output_dir / "adapter" / "adapters.safetensors").read_bytes() == adapter
 
@@ -113,7 +104,7 @@ def test_a_fork_is_resumed_to_the_bit_with_the_recipe_as_it_is_written(root):
 @pytest.mark.slow
 def test_a_fork_killed_before_its_first_checkpoint_starts_over_from_the_same_adapter(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 4)
+    stopped_at(recipe, 4)
     events = train(recipe, fork=True)
     first = next(event for event in events if isinstance(event, StepEvent))
     events.close()
@@ -123,10 +114,10 @@ def test_a_fork_killed_before_its_first_checkpoint_starts_over_from_the_same_ada
 @pytest.mark.slow
 def test_forking_a_fork_that_did_no_step_goes_on_from_where_it_started(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 4)
+    stopped_at(recipe, 4)
     _left_before_the_first_step(recipe, fork=True)
     first = adapter_arrays(RunFolder(recipe.output_dir).start)
-    _stopped(recipe, 2, fork=True)
+    stopped_at(recipe, 2, fork=True)
     second = adapter_arrays(RunFolder(recipe.output_dir).start)
     assert all(mx.array_equal(first[name], second[name]) for name in first)
     assert [folder.path.name for folder in find_runs(recipe.output_dir.parent)] == ["a", "a.1"]
@@ -137,7 +128,7 @@ def test_a_finished_run_is_forked_from_the_adapter_it_published(root):
     recipe = recipe_for(root, **{**SETTINGS, "data__eval": 0.2})
     collect(recipe)
     published = adapter_arrays(recipe.output_dir / "adapter")
-    _stopped(recipe, 1, fork=True)
+    stopped_at(recipe, 1, fork=True)
     taken = adapter_arrays(RunFolder(recipe.output_dir).start)
     assert all(mx.array_equal(taken[name], published[name]) for name in published)
 
@@ -145,10 +136,10 @@ def test_a_finished_run_is_forked_from_the_adapter_it_published(root):
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 4)
+    stopped_at(recipe, 4)
     weights = recipe.output_dir / "checkpoints" / "step-000004" / "adapter" / "adapters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    events = _stopped(recipe, 1, fork=True)
+    events = stopped_at(recipe, 1, fork=True)
     codes = [event.code for event in of(events, WarningEvent)]
     assert codes[:3] == ["set-aside", "checkpoint-damaged", "forked"]
     assert RunFolder(recipe.output_dir).info()["fork"]["step"] == 2
@@ -157,7 +148,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(root):
 @pytest.mark.slow
 def test_the_plan_of_a_fork_makes_no_folder_and_checks_the_adapter(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
+    stopped_at(recipe, 2)
     before = _everything(recipe.output_dir)
     assert plan(recipe, fork=True).train_pairs == 24
     assert _everything(recipe.output_dir) == before
@@ -177,7 +168,7 @@ def _refused(recipe, match):
 def test_what_cannot_be_forked_is_refused_and_untouched(root):
     _refused(recipe_for(root, **SETTINGS), r"no run here to fork\. Leave out --fork")
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
+    stopped_at(recipe, 2)
     _refused(
         recipe_for(root, **{**SETTINGS, "lora__r": 4, "lora__num_layers": 1}),
         r"lora\.num_layers: is 1, and was all .*\nlora\.r: is 4, and was",
@@ -196,7 +187,7 @@ def test_a_run_that_saved_nothing_cannot_be_forked(root):
 
 def test_another_model_is_refused(root, tmp_path):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
+    stopped_at(recipe, 2)
     tiny_model(tmp_path / "other", tie_word_embeddings=False, seed=5)
     with pytest.raises(InputError, match="was trained on"):
         collect(recipe.model_copy(update={"model": str(tmp_path / "other")}), fork=True)
@@ -205,7 +196,7 @@ def test_another_model_is_refused(root, tmp_path):
 
 def test_a_live_trainer_is_not_forked(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
+    stopped_at(recipe, 2)
     lock = acquire(recipe.output_dir)
     try:
         with pytest.raises(EnvironmentFault, match="another trainer"):
@@ -218,7 +209,7 @@ def test_a_live_trainer_is_not_forked(root):
 @pytest.mark.slow
 def test_no_room_for_the_copy_moves_nothing(root, monkeypatch):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
+    stopped_at(recipe, 2)
     before = _everything(recipe.output_dir)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(EnvironmentFault, match="MB are needed"):
@@ -229,8 +220,8 @@ def test_no_room_for_the_copy_moves_nothing(root, monkeypatch):
 @pytest.mark.slow
 def test_a_damaged_start_is_an_input_error_on_resume(root):
     recipe = recipe_for(root, **SETTINGS)
-    _stopped(recipe, 2)
-    _stopped(recipe, 2, fork=True)
+    stopped_at(recipe, 2)
+    stopped_at(recipe, 2, fork=True)
     weights = RunFolder(recipe.output_dir).start / "adapters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(InputError, match="the adapter this run forked from is damaged"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from replies import replying
 from tiny import randomise_adapter, tiny_model
 
 from localdpo.data.candidates import Candidate, CandidateJournal, Request
@@ -225,27 +226,6 @@ def test_edits_are_written_first_and_read_then(model: Path, tmp_path: Path, monk
     text = "\n".join(second.left_out.sentences())
     assert "its answer was not edited (line 2)" in text
     assert "is not in edits.jsonl (line 3)" in text
-
-
-Replies = Callable[[str], str]
-
-
-def replying(monkeypatch: pytest.MonkeyPatch, judge: Path, reply: Replies) -> list[str]:
-    """Make the model at `judge` say what `reply` makes of its prompt; the others answer as they do."""
-    asked: list[str] = []
-    real = speakers._decode
-
-    def decode(speaker: Any, requests: Any, *rest: Any) -> list[Candidate]:
-        found = real(speaker, requests, *rest)
-        if speaker.voice.model != str(judge):
-            return found
-        texts = [request.prompt[-1]["content"] for request in requests]
-        asked.extend(texts)
-        stop = [replace(candidate.origin, finish="stop") for candidate in found]
-        return [Candidate(reply(text), origin) for text, origin in zip(texts, stop, strict=True)]
-
-    monkeypatch.setattr(speakers, "_decode", decode)
-    return asked
 
 
 @pytest.fixture

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import replies
 from tiny import tiny_model
 from training import collect, recipe_for, workspace, write_rows
 
 from localdpo.console import evaluating
-from localdpo.data.candidates import Candidate
 from localdpo.errors import InputError
 from localdpo.evaluate.blind import BlindTest, blind_tests, wilson_interval
-from localdpo.evaluate.generate import speakers
 from localdpo.evaluate.judge import JudgeResult, judge_answers, judge_run
 from localdpo.train.events import ProgressEvent
 
@@ -41,23 +39,12 @@ def finish(work: Any) -> tuple[list[ProgressEvent], JudgeResult]:
 
 def replying(monkeypatch: pytest.MonkeyPatch, judge: Path, reply: Callable[[str, str], str]) -> list[str]:
     """Make the model at ``judge`` say what ``reply`` makes of answers A and B; the others answer as they do."""
-    asked: list[str] = []
-    real = speakers._decode
 
-    def decode(speaker: Any, requests: Any, *rest: Any) -> list[Candidate]:
-        found = real(speaker, requests, *rest)
-        if speaker.voice.model != str(judge):
-            return found
-        texts = [request.prompt[-1]["content"] for request in requests]
-        asked.extend(texts)
-        shown = [text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n") for text in texts]
-        return [
-            Candidate(reply(a, b.rsplit("\n\n", 1)[0]), replace(candidate.origin, finish="stop"))
-            for (a, b), candidate in zip(shown, found, strict=True)
-        ]
+    def to_prompt(text: str) -> str:
+        a, b = text.split("[Answer A]\n")[1].split("\n\n[Answer B]\n")
+        return reply(a, b.rsplit("\n\n", 1)[0])
 
-    monkeypatch.setattr(speakers, "_decode", decode)
-    return asked
+    return replies.replying(monkeypatch, judge, to_prompt)
 
 
 def prompt(text: str) -> tuple[Any, ...]:

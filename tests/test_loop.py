@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny import tiny_model
-from training import adapter_arrays, collect, lasting, losses, of, recipe_for, workspace, write_rows
+from training import adapter_arrays, collect, lasting, losses, of, recipe_for, stopped_at, workspace, write_rows
 
 from localdpo.data.order import Position
 from localdpo.dpo.scorer import PairScorer
@@ -52,16 +52,6 @@ def root(shared, tmp_path, monkeypatch):
     for name in ("model", "pairs.jsonl", "keep.jsonl", "probes.jsonl"):
         (tmp_path / name).symlink_to(shared / name)
     return tmp_path
-
-
-def _stopped_at(recipe, step, **options):
-    """Events of a run that is asked to stop while ``step`` is shown."""
-    control, seen = Control(), []
-    for event in train(recipe, control=control, **options):
-        seen.append(event)
-        if isinstance(event, StepEvent) and event.step == step:
-            control.stop()
-    return seen
 
 
 def test_a_run_from_beginning_to_end(root):
@@ -193,7 +183,7 @@ def _assert_same_run(whole, run):
 def test_a_resumed_run_equals_one_left_alone_to_the_bit(root, whole, step):
     # An epoch has 7 steps: inside an epoch, at its end, and just after it.
     recipe = _halves(root)
-    first = _stopped_at(recipe, step)
+    first = stopped_at(recipe, step)
     assert first[-1].reason == "stopped"
     assert first[-1].resumable
     assert RunFolder(recipe.output_dir).status().state == "stopped"
@@ -229,7 +219,7 @@ for event in train(load_recipe(sys.argv[1])):
 @pytest.mark.parametrize("part", ["position", "rng", "optimizer", "adapter"])
 def test_resuming_without_a_part_of_the_state_would_be_noticed(root, whole, part, monkeypatch):
     recipe = _halves(root)
-    _stopped_at(recipe, 4)
+    stopped_at(recipe, 4)
     real = session.load_latest
 
     def without_position(folder):
@@ -250,7 +240,7 @@ def test_a_run_over_a_cached_trunk_resumes_to_the_same_bits(root):
     settings = {"lora__num_layers": 1, "train__max_steps": 8}
     whole, halves = (recipe_for(root, **settings, output_dir=root / "runs" / name) for name in ("whole", "halves"))
     expected = losses(collect(whole))
-    _stopped_at(halves, 3)
+    stopped_at(halves, 3)
     assert losses(collect(halves, resume=True)) == expected[3:]
     one, two = ((run.output_dir / "adapter" / "adapters.safetensors").read_bytes() for run in (whole, halves))
     assert one == two
@@ -267,7 +257,7 @@ def test_checkpoints_are_kept_by_number_and_the_best_always(root):
 
 def test_a_corrupt_newest_checkpoint_falls_back_with_a_warning(root):
     recipe = recipe_for(root, train__save_steps=2, data__eval=None)
-    _stopped_at(recipe, 6)
+    stopped_at(recipe, 6)
     newest = recipe.output_dir / "checkpoints" / "step-000006" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
     events = collect(recipe, resume=True)
@@ -416,7 +406,7 @@ def test_stop_before_the_first_step(root):
 
 def test_stop_before_going_on_keeps_where_the_run_was(root):
     recipe = recipe_for(root)
-    _stopped_at(recipe, 3)
+    stopped_at(recipe, 3)
     control = Control()
     control.stop()
     end = collect(recipe, resume=True, control=control)[-1]
@@ -495,7 +485,7 @@ def test_data_edited_while_training_does_not_matter_until_the_resume(root, tmp_p
     pairs = tmp_path / "mine.jsonl"
     pairs.write_text((root / "pairs.jsonl").read_text())
     recipe = recipe_for(root, data__train=pairs)
-    _stopped_at(recipe, 2)
+    stopped_at(recipe, 2)
     pairs.write_text("")
     with pytest.raises(InputError, match=r"mine\.jsonl has changed since this run was started"):
         collect(recipe, resume=True)
@@ -506,7 +496,7 @@ def test_data_edited_while_training_does_not_matter_until_the_resume(root, tmp_p
 
 def test_another_model_is_refused_on_resume(root, tmp_path):
     recipe = recipe_for(root)
-    _stopped_at(recipe, 2)
+    stopped_at(recipe, 2)
     tiny_model(tmp_path / "other", tie_word_embeddings=False, seed=5)
     with pytest.raises(InputError, match="not the model this run was started with"):
         collect(recipe.model_copy(update={"model": str(tmp_path / "other")}), resume=True)

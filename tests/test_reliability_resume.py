@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from killing import Killer, metrics
-from training import collect, of, recipe_for, workspace
+from training import collect, of, recipe_for, stopped_at, workspace
 
 from localdpo import files
 from localdpo.data.order import Position
@@ -32,9 +32,8 @@ from localdpo.errors import InputError
 from localdpo.recipe import dump_recipe
 from localdpo.train import loop
 from localdpo.train.checkpoint import TrainState, save_checkpoint
-from localdpo.train.events import StartEvent, StepEvent
-from localdpo.train.loop import train
-from localdpo.train.run import Control, RunFolder
+from localdpo.train.events import StartEvent
+from localdpo.train.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SETTINGS: dict[str, Any] = {
@@ -140,13 +139,6 @@ def test_killed_inside_an_accumulation_an_evaluation_a_save_or_the_last_step(roo
     assert list(began.values()) == [2, 4, 4, 4, 7]
 
 
-def _stopped_at(recipe, step):
-    control = Control()
-    for event in train(recipe, control=control):
-        if isinstance(event, StepEvent) and event.step == step:
-            control.stop()
-
-
 def _without_state(**dropped):
     def write(folder, state, optimizer, *rest):
         return save_checkpoint(folder, replace(state, **dropped), optimizer, *rest)
@@ -177,7 +169,7 @@ def test_a_checkpoint_without_a_part_of_the_state_does_not_pass_for_exact(root, 
     recipe = _recipe(root, f"without-{part}")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", DROPPED[part])
-        _stopped_at(recipe, 4)
+        stopped_at(recipe, 4)
     assert _resumed(root, recipe.output_dir)[1] != whole
 
 
@@ -205,7 +197,7 @@ def test_the_best_evaluation_and_those_since_count_across_a_resume(root, monkeyp
         recipe = _recipe(root, f"since-{name}", **settings)
         with monkeypatch.context() as patch:
             patch.setattr(loop, "save_checkpoint", _without_state(**dropped))
-            _stopped_at(recipe, 3)
+            stopped_at(recipe, 3)
         end = collect(recipe, resume=True)[-1]
         ends.append((end.step, end.adapter_step))
     assert ends == [(4, 1), (6, 1), (7, 4)]

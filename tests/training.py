@@ -12,6 +12,7 @@ from tiny import tiny_model
 from localdpo.recipe import Recipe
 from localdpo.train.events import Event, StepEvent
 from localdpo.train.loop import train
+from localdpo.train.run import Control
 
 VOLATILE = ("time", "eta_seconds", "step_seconds", "tokens_per_second", "peak_memory_bytes", "seconds")
 
@@ -79,3 +80,13 @@ def losses(events: list[Event]) -> list[float]:
 
 def adapter_arrays(folder: Path) -> dict[str, mx.array]:
     return dict(mx.load(str(folder / "adapters.safetensors")))
+
+
+def stopped_at(recipe: Recipe, step: int, **options: Any) -> list[Event]:
+    """Events of a run that is asked to stop while ``step`` is shown."""
+    control, seen = Control(), []
+    for event in train(recipe, control=control, **options):
+        seen.append(event)
+        if isinstance(event, StepEvent) and event.step == step:
+            control.stop()
+    return seen

@@ -74,12 +74,19 @@ class SharedForward:
         self.anatomy = anatomy
         self.trunk: TrunkCache | None = None
         self.cut = 0
-        self.frugal = False
-        """Keep less for the backward pass (``recompute.Frugal``), for some 8 % more time; the numbers are the same."""
+        self._frugal = False
+        self._gated: set[int] = set()
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
         install(model, fast_activations=on_cpu())
-        self._gated = {id(layer) for layer in anatomy.layers if is_gated_mlp(layer)}
+
+    def keep_little(self) -> None:
+        """From now on keep less for the backward pass (``recompute.Frugal``), for some 8 % more time.
+
+        The numbers stay the same.
+        """
+        self._frugal = True
+        self._gated = {id(layer) for layer in self.anatomy.layers if is_gated_mlp(layer)}
 
     def start_at(self, trunk: TrunkCache, cut: int) -> bool:
         """From now on run only the layers from ``cut`` on, over states kept in ``trunk``.
@@ -155,7 +162,7 @@ class SharedForward:
 
     def _body(self, batch: PackedBatch, layers: Sequence[Any], *, final_norm: bool = True) -> mx.array:
         """The body's output [T, D], before its last norm where asked."""
-        cache = PackedCache(batch, fused=self._fused, frugal=self.frugal)
+        cache = PackedCache(batch, fused=self._fused, frugal=self._frugal)
         with self.anatomy.replaced_layers(layers, final_norm=final_norm):
             out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
         hidden: mx.array = out[:, 0]
@@ -168,7 +175,7 @@ class SharedForward:
             return list(layers)
         if checkpoint:
             return [Checkpointed(layer) for layer in layers]
-        return [Frugal(layer) if self.frugal and id(layer) in self._gated else layer for layer in layers]
+        return [Frugal(layer) if id(layer) in self._gated else layer for layer in layers]
 
     def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], layers: Sequence[Any]) -> list[Any]:
         above = list(layers[self.cut :])

@@ -7,7 +7,7 @@ side, each on a stream of its own. It knows nothing about files, schedules or op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
@@ -91,7 +91,8 @@ class PairScorer:
             self._forward, self.path_reason = choose_forward(model, path)
         if isinstance(self._forward, SharedForward):
             layers = self._forward.anatomy.layers
-            self._forward.frugal = keeps_little(mode, sum(map(_trains, layers)), len(layers))
+            if keeps_little(mode, sum(map(_trains, layers)), len(layers)):
+                self._forward.keep_little()
 
     @property
     def path(self) -> Path:
@@ -126,19 +127,11 @@ class PairScorer:
 
     def logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
         """Summed completion log-probs of B pairs under the model as it stands, dropout off. No gradient."""
-        sums = np.zeros((len(pairs), 2), np.float32)
-        with blas_threads_within(1), _evaluating(self.model):
-            for round_ in self._rounds(pairs):
-                self._prepare(pairs, round_)
-                results = []
-                for stream, group in zip(self._streams, round_, strict=False):
-                    with mx.stream(stream):
-                        logps, membership, _ = self._forward.run([pairs[i] for i in group], grad=False)
-                        results.append(mx.array(membership) @ logps)
-                mx.eval(results)
-                for group, result in zip(round_, results, strict=True):
-                    sums[group] = np.array(result).reshape(-1, 2)
-        return _pair_logps(pairs, sums)
+        return _pair_logps(pairs, self._sums(pairs, self._logps))
+
+    def _logps(self, rows: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+        logps, membership, _ = self._forward.run(rows, grad=False)
+        return logps, membership
 
     def reference_logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
         """Like :meth:`logps`, of the base: the adapters are swapped out, exactly."""
@@ -150,6 +143,20 @@ class PairScorer:
 
         Both models read the same text and say what comes next; the base is the model with its adapters swapped out.
         """
+        return self._sums(pairs, self._base_kl)
+
+    def _base_kl(self, rows: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+        tuned, membership = self._forward.predictions(rows)
+        with adapters_off(self.model):
+            base, _ = self._forward.predictions(rows)
+        return token_kl(self._forward.logits, base, tuned), membership
+
+    def _sums(
+        self,
+        pairs: Sequence[EncodedPair],
+        measure: Callable[[Sequence[EncodedPair]], tuple[mx.array, np.ndarray]],
+    ) -> np.ndarray:
+        """What ``measure`` says of each prediction of some rows, and their membership, summed: float32 [B, 2]."""
         sums = np.zeros((len(pairs), 2), np.float32)
         with blas_threads_within(1), _evaluating(self.model):
             for round_ in self._rounds(pairs):
@@ -157,11 +164,8 @@ class PairScorer:
                 results = []
                 for stream, group in zip(self._streams, round_, strict=False):
                     with mx.stream(stream):
-                        rows = [pairs[i] for i in group]
-                        tuned, membership = self._forward.predictions(rows)
-                        with adapters_off(self.model):
-                            base, _ = self._forward.predictions(rows)
-                        results.append(mx.array(membership) @ token_kl(self._forward.logits, base, tuned))
+                        values, membership = measure([pairs[i] for i in group])
+                        results.append(mx.array(membership) @ values)
                 mx.eval(results)
                 for group, result in zip(round_, results, strict=True):
                     sums[group] = np.array(result).reshape(-1, 2)

@@ -6,8 +6,9 @@ model without an adapter is its own base, and asked once. This module judges not
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,28 @@ from localdpo.paths import cache_dir
 from localdpo.train.events import ProgressEvent
 from localdpo.train.retain import CHUNK, base_answers
 
-__all__ = ["Both", "Question", "Scored", "Scores", "both_answers", "both_logps", "encode_question", "progress"]
+__all__ = [
+    "Both",
+    "Question",
+    "Scored",
+    "Scores",
+    "answers_now",
+    "both_answers",
+    "both_logps",
+    "encode_question",
+    "one_by_one",
+    "progress",
+]
+
+_Result = TypeVar("_Result")
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasName)
 
 SCORED_TOGETHER = 32
 """Pairs of answers scored between two reports."""
@@ -62,6 +84,17 @@ Scores = tuple[list[Scored], list[Scored]]
 def progress(stage: str, detail: str, done: int, total: int) -> ProgressEvent:
     """``done`` of ``total`` of a stage."""
     return ProgressEvent(stage=stage, detail=detail, done=done, total=total, fraction=done / total if total else 1.0)
+
+
+def one_by_one(
+    stage: str, asked: Sequence[_Named], ask: Callable[[_Named], Generator[ProgressEvent, None, _Result]]
+) -> Generator[ProgressEvent, None, list[_Result]]:
+    """``ask`` of each in turn, announced by its name."""
+    results = []
+    for number, one in enumerate(asked):
+        yield progress(stage, one.name, number, len(asked))
+        results.append((yield from ask(one)))
+    return results
 
 
 def encode_question(
@@ -101,14 +134,34 @@ def both_answers(
         yield progress(stage, f"{name}: the base answers", done, wanted)
     if not tuned_too:
         return base, list(base)
+    tuned = yield from answers_now(
+        loaded,
+        prompts,
+        max_tokens,
+        lambda done: progress(stage, f"{name}: the tuned model answers", len(prompts) + done, wanted),
+    )
+    return base, tuned
+
+
+def answers_now(
+    loaded: LoadedModel,
+    prompts: Sequence[Ids],
+    max_tokens: int,
+    told: Callable[[int], ProgressEvent],
+    size: int = CHUNK,
+) -> Generator[ProgressEvent, None, list[str]]:
+    """Greedy answers of the model as it stands, ``size`` prompts of like length together, in the order of the prompts.
+
+    Yields what ``told`` makes of the number of answers given, before each batch.
+    """
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), CHUNK):
-        rows = order[start : start + CHUNK]
-        yield progress(stage, f"{name}: the tuned model answers", len(prompts) + start, wanted)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield told(start)
         for row, answer in zip(rows, batch_greedy(loaded, [prompts[row] for row in rows], max_tokens), strict=True):
             answers[row] = answer
-    return base, answers
+    return answers
 
 
 def both_logps(

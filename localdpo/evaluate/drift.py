@@ -17,6 +17,7 @@ import numpy as np
 from localdpo.data.encode import EncodedPair, Ids, end_of_turn_ids
 from localdpo.data.pairs import PreferencePair, PromptRow
 from localdpo.dpo.scorer import PairScorer
+from localdpo.evaluate.beside import answers_now
 from localdpo.evaluate.figures import TAUGHT, UNTAGGED, group_of, says
 from localdpo.evaluate.intervals import Figure, bootstrap, mean, share
 from localdpo.evaluate.probes import sample
@@ -30,7 +31,6 @@ from localdpo.evaluate.wording import (
     repetition,
     taught_phrases,
 )
-from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
@@ -262,15 +262,13 @@ def _both(
 ) -> Generator[Event, None, tuple[list[str], list[str]]]:
     """Greedy answers of the base, those known from before not asked for again, and of the tuned model."""
     base = yield from staged("answers", base_answers(loaded, prompts, max_tokens, cache_dir() / "answers"))
-    tuned = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    size = 4 * CHUNK  # a batch reads the weights once for all its rows
-    for start in range(0, len(order), size):
-        yield _progress("answers", start, len(order), f"the tuned model, {what}")
-        numbers = order[start : start + size]
-        found = batch_greedy(loaded, [prompts[number] for number in numbers], max_tokens)
-        for number, answer in zip(numbers, found, strict=True):
-            tuned[number] = answer
+    tuned = yield from answers_now(
+        loaded,
+        prompts,
+        max_tokens,
+        lambda given: _progress("answers", given, len(prompts), f"the tuned model, {what}"),
+        size=4 * CHUNK,  # a batch reads the weights once for all its rows
+    )
     return base, tuned
 
 

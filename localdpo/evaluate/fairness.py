@@ -36,7 +36,7 @@ from localdpo.evaluate.beside import (
     both_logps,
     encode_question,
     longest_of,
-    progress,
+    one_by_one,
 )
 from localdpo.evaluate.intervals import Figure, mean
 from localdpo.evaluate.suitefile import sample_rows
@@ -125,13 +125,12 @@ def run_fairness(
     """
     sets = [read_fairness(name) for name in names_or_files]
     sample_rows(0, limit, seed)
-    results = []
-    for number, one in enumerate(sets):
-        yield progress(STAGE, one.name, number, len(sets))
+
+    def ask(one: FairnessSet) -> Generator[ProgressEvent, None, FairnessResult]:
         chosen = tuple(one.templates[i] for i in sample_rows(len(one.templates), limit, seed))
-        run = _Run(loaded, replace(one, templates=chosen), one.max_tokens or max_tokens, seed)
-        results.append((yield from run.result()))
-    return results
+        return _Run(loaded, replace(one, templates=chosen), one.max_tokens or max_tokens, seed).result()
+
+    return (yield from one_by_one(STAGE, sets, ask))
 
 
 @dataclass(slots=True)

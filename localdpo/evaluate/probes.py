@@ -10,14 +10,14 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from localdpo.data.encode import Ids
 from localdpo.data.pairs import PromptRow
+from localdpo.evaluate.beside import answers_now
 from localdpo.evaluate.figures import ProbeFigures, says
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
-from localdpo.train.retain import CHUNK, RETAIN_TOKENS, base_answers, encode_prompts, messages_of
+from localdpo.train.retain import RETAIN_TOKENS, base_answers, encode_prompts, messages_of
 from localdpo.train.session import Session, staged
 
 PROBE_TOKENS = RETAIN_TOKENS
@@ -77,23 +77,15 @@ def probe(
             base = finished.value
             break
         yield _progress(step, done, wanted, "the base answers")
-    tuned = yield from _tuned(loaded, prompts, max_tokens, step)
+    tuned = yield from answers_now(
+        loaded,
+        prompts,
+        max_tokens,
+        lambda given: _progress(step, len(prompts) + given, wanted, "the tuned model answers"),
+    )
     samples = [sample(row, before, after, step) for row, before, after in zip(kept, base, tuned, strict=True)]
     yield from samples
     return ProbeFigures.of(samples, [rejected_terms(row) for row in kept], max_tokens)
-
-
-def _tuned(
-    loaded: LoadedModel, prompts: Sequence[Ids], max_tokens: int, step: int
-) -> Generator[Event, None, list[str]]:
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for start in range(0, len(order), CHUNK):
-        rows = order[start : start + CHUNK]
-        yield _progress(step, len(prompts) + start, 2 * len(prompts), "the tuned model answers")
-        for row, answer in zip(rows, batch_greedy(loaded, [prompts[row] for row in rows], max_tokens), strict=True):
-            answers[row] = answer
-    return answers
 
 
 def _progress(step: int, done: int, total: int, detail: str) -> ProgressEvent:

@@ -29,7 +29,7 @@ from localdpo.evaluate.beside import (
     both_logps,
     encode_question,
     longest_of,
-    progress,
+    one_by_one,
 )
 from localdpo.evaluate.figures import says
 from localdpo.evaluate.intervals import Figure, bootstrap, mean, share
@@ -108,12 +108,12 @@ def run_tasks(
     """
     tasks = [read_task(name) for name in names_or_files]
     sample_rows(0, limit, seed)
-    results = []
-    for number, task in enumerate(tasks):
-        yield progress(STAGE, task.name, number, len(tasks))
-        indices = sample_rows(len(task.examples), limit, seed)
-        results.append((yield from _Run(loaded, task, [task.examples[i] for i in indices], max_tokens, seed).result()))
-    return results
+
+    def ask(task: Task) -> Generator[ProgressEvent, None, TaskResult]:
+        chosen = [task.examples[i] for i in sample_rows(len(task.examples), limit, seed)]
+        return _Run(loaded, task, chosen, max_tokens, seed).result()
+
+    return (yield from one_by_one(STAGE, tasks, ask))
 
 
 @dataclass(slots=True)
