@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ class Trainer:
     """What a trainer does to its run folder, by hand."""
 
     def __init__(self, folder: Path) -> None:
-        make_run(folder, steps=3, state="training")
+        if not folder.exists():
+            make_run(folder, steps=3, state="training")
         self.run = ActiveRun(folder, acquire(folder))
         self.run.set_status(state="training", step=3, total_steps=12, eta_seconds=50.0)
 
@@ -232,6 +234,38 @@ async def test_a_trainer_that_ends_later_with_an_error_is_told_once(folder, monk
         await pilot.press("r")
         await told(pilot, "this run would need 80 GB")
         assert app.screen._trainer is None
+
+
+@piloted
+async def test_stop_counts_while_the_trainer_is_still_coming(folder, monkeypatch):
+    """The first seconds load libraries: the run is not taken yet, and what is shown is the run before."""
+    called, go_on = threading.Event(), threading.Event()
+
+    class Started:
+        exit_code = None
+
+    def start(*args, **options):
+        called.set()
+        assert go_on.wait(60)
+        return Started()
+
+    monkeypatch.setattr(trainer, "start", start)
+    make_run(folder / "runs" / "mine", steps=4, state="stopped")
+    control = Control()
+    async with started(folder, place="train") as (app, pilot):
+        await seen(pilot, "• model")
+        await pilot.press("r")
+        await seen(pilot, "Go on with mine?")
+        await pilot.press("g")
+        await until(pilot, called.is_set)
+        try:
+            await pilot.press("x")
+            work = Trainer(folder / "runs" / "mine")
+            await until(pilot, lambda: work.run.poll(control) == "stop")
+        finally:
+            go_on.set()
+        work.end("stopped")
+        await seen(pilot, "■ stopped")
 
 
 @piloted

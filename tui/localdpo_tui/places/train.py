@@ -68,6 +68,8 @@ class TrainPlace(Place):
         self.view: RunView | None = None
         self._right = "check"
         self._trainer: Trainer | None = None
+        self._coming: RunFolder | None = None
+        """The run of a trainer that was started here and is not at work yet."""
 
     @property
     def edit(self) -> RecipeEdit | None:
@@ -259,6 +261,8 @@ class TrainPlace(Place):
         self.call_after_refresh(self._focus_view)
 
     def _look_at(self, run: RunFolder) -> None:
+        if self._coming is not None and self._coming.path != run.path:
+            self._expect(None)
         self.view = RunView(run)
         self.query_one(RunPane).show(self.view, self.workspace.relative(run.path))
         self._follow(self.view)
@@ -271,7 +275,9 @@ class TrainPlace(Place):
             was_running = view.running
             if view.take(chunk, status):
                 self._show_run(view)
-                if was_running and not view.running:
+                if view.running:
+                    self._expect(None)
+                elif was_running:
                     self._over(view)
             self._tell_of_trainer()
             if chunk.events:
@@ -303,6 +309,7 @@ class TrainPlace(Place):
         if started is None or started.exit_code is None:
             return
         self._trainer = None
+        self._expect(None)
         error = started.error()
         if error is not None:
             self.app.notify_problem(error)
@@ -336,16 +343,23 @@ class TrainPlace(Place):
         from localdpo_tui.services import trainer
 
         self.app.tell("Going on from the last checkpoint." if resume else "The trainer is starting.")
-        if self.app.host_started:
-            await self.app.host.rest()  # two models at a time may be more than a laptop holds
+        self._expect(run)
         try:
+            if self.app.host_started:
+                await self.app.host.rest()  # two models at a time may be more than a laptop holds
             self._trainer = await asyncio.to_thread(
                 trainer.start, recipe, self.workspace.folder, resume=resume, overrides=overrides
             )
         except LocalDPOError as error:
+            self._expect(None)
             self.app.notify_problem(error)
             return
         self._watch(run)
+
+    def _expect(self, run: RunFolder | None) -> None:
+        if run is not self._coming:
+            self._coming = run
+            self.refresh_bindings()
 
     @work(group="control", exclusive=True)
     async def action_pause(self) -> None:
@@ -361,14 +375,17 @@ class TrainPlace(Place):
         await self._request("stop", "Stopping after this step; the adapter is saved.")
 
     async def _request(self, request: Request, said: str) -> None:
-        view = self.view
-        if view is None:
+        run = self._coming or (self.view.run if self.view is not None else None)
+        if run is None:
             return
         try:
-            if await asyncio.to_thread(view.run.request, request):
-                self.app.tell(said)
-            else:
-                self.app.notify_problem("No trainer is at work on this run. Press r to start or go on.", "warning")
+            while not await asyncio.to_thread(run.request, request):
+                if self._coming is None:
+                    self.app.notify_problem("No trainer is at work on this run. Press r to start or go on.", "warning")
+                    return
+                # It takes seconds to load what it needs; a key pressed meanwhile counts all the same.
+                await asyncio.sleep(POLL_SECONDS)
+            self.app.tell(said)
         except LocalDPOError as error:
             self.app.notify_problem(error)
 
@@ -384,9 +401,9 @@ class TrainPlace(Place):
         running = self.view is not None and self.view.running
         match action:
             case "pause" | "stop":
-                return running
+                return running or self._coming is not None
             case "start":
-                return self.edit is not None and not running
+                return self.edit is not None and not running and self._coming is None
             case "check" | "search" | "external" | "undo":
                 return self.edit is not None
             case "chat":
