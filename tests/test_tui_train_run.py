@@ -252,7 +252,7 @@ async def test_stop_counts_while_the_trainer_is_still_coming(folder, monkeypatch
     monkeypatch.setattr(trainer, "start", start)
     make_run(folder / "runs" / "mine", steps=4, state="stopped")
     control = Control()
-    async with started(folder, place="train") as (app, pilot):
+    async with started(folder, place="train") as (_, pilot):
         await seen(pilot, "• model")
         await pilot.press("r")
         await seen(pilot, "Go on with mine?")

@@ -21,7 +21,7 @@ from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
 from localdpo.dpo.attention import PackedCache, install
 from localdpo.dpo.packing import PackedBatch, pack, sequence_of
-from localdpo.dpo.recompute import Checkpointed, Frugal, is_gated_mlp
+from localdpo.dpo.recompute import Checkpointed, Frugal, InOrder, is_gated_mlp
 from localdpo.dpo.trunk import TrunkCache, gather, scatter
 from localdpo.model.device import on_cpu
 
@@ -174,8 +174,8 @@ class SharedForward:
         if not grad:
             return list(layers)
         if checkpoint:
-            return [Checkpointed(layer) for layer in layers]
-        return [Frugal(layer) if id(layer) in self._gated else layer for layer in layers]
+            return [InOrder(layer, Checkpointed(layer)) for layer in layers]
+        return [InOrder(layer, Frugal(layer) if id(layer) in self._gated else layer) for layer in layers]
 
     def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], layers: Sequence[Any]) -> list[Any]:
         above = list(layers[self.cut :])
@@ -208,7 +208,9 @@ class PlainForward:
             logits = self.model(ids).astype(mx.float32)
             return exact_logps(logits.reshape(-1, logits.shape[-1])[rows], targets)
         layers = self.anatomy.layers
-        stand_ins = [Checkpointed(layer) for layer in layers] if checkpoint and grad else layers
+        stand_ins: list[Any] = list(layers)
+        if grad:
+            stand_ins = [InOrder(layer, Checkpointed(layer) if checkpoint else layer) for layer in layers]
         with self.anatomy.replaced_layers(stand_ins):
             hidden = self.anatomy.body(ids, cache=None)
         return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)

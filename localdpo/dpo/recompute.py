@@ -16,7 +16,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
+from localdpo.dpo.autograd import with_vjp
 from localdpo.model.frozen import linear_dims
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -24,6 +26,41 @@ _ACTIVATION = "swiglu"
 _MLP = "mlp"
 
 Activation = Callable[[mx.array, mx.array], mx.array]
+
+
+class InOrder:
+    """Stands in for a layer and finishes its parameters' gradients before any gradient goes on to the layers below.
+
+    MLX would do them when it likes, which is late: they are outputs, and nothing else waits for them. Until then all
+    that they are made of stays in memory, the inputs of every layer that carries an adapter among it.
+    """
+
+    def __init__(self, layer: nn.Module, stand_in: Any) -> None:
+        """``stand_in`` is called for ``layer``; it may be the layer itself."""
+        self._layer = layer
+        self._stand_in = stand_in
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
+        """Run what stands in for the layer."""
+        outside = dict(tree_flatten(self._layer.trainable_parameters()))
+        if not outside:
+            return self._stand_in(hidden, *args, **kwargs)
+        hidden, *inside = _gate(hidden, *outside.values())
+        self._layer.update(tree_unflatten(list(zip(outside, inside, strict=True))))
+        out = self._stand_in(hidden, *args, **kwargs)
+        self._layer.update(tree_unflatten(list(outside.items())))
+        return out
+
+
+def _gate_backward(primals: Any, cotangents: list[mx.array], outputs: Any) -> list[mx.array]:
+    below, *gradients = cotangents
+    return [mx.depends(below, gradients), *gradients]
+
+
+_gate = with_vjp(lambda *arrays: list(arrays), _gate_backward)
 
 
 class Checkpointed:
