@@ -167,26 +167,31 @@ def model_row(spec: str) -> dict[str, Any]:
 def dpo_memory(entry: CatalogueEntry) -> tuple[int, str]:
     """Return the bytes that the default recipe takes on this machine, and "fits", "tight" or "too big".
 
-    As the trainer would, it goes from the fast way to those that save memory until one fits.
+    As the trainer does, it holds the base in the way that suits the memory there is, and turns to gradient
+    checkpointing where that would not be safe.
     """
+    from localdpo.dpo.budget import keeps_little, mode_of
     from localdpo.model.device import describe_device
+    from localdpo.model.load import choose_memory
     from localdpo.recipe import LoraRecipe, TrainRecipe
     from localdpo.train.memory import ModelShape, Workload, estimate_memory
 
     device, shape, lora = describe_device(), ModelShape.of(entry), LoraRecipe()
     layers = lora.num_layers if isinstance(lora.num_layers, int) else None
-    pairs = TrainRecipe().per_device_train_batch_size
+    window = TrainRecipe().per_device_train_batch_size * TOKENS_A_PAIR
     cpu = device.kind == "cpu"
-    for dense, checkpointing in ((cpu, False), (cpu, True), (False, True)):
+    mode = mode_of(device.kind, choose_memory(entry.parameters, "auto"))
+    for checkpointing in (False, True):
         estimate = estimate_memory(
             shape,
-            Workload(tokens=pairs * TOKENS_A_PAIR, context=TOKENS_A_PAIR),
+            Workload.of_step(mode, window, TOKENS_A_PAIR, shape.heads),
             trainable=shape.lora_parameters(lora.r, layers, lora.target_modules),
             lora_layers=layers,
-            weight_bytes=None if dense else entry.disk_bytes,
-            dense=dense,
+            weight_bytes=None if mode == "cpu" else entry.disk_bytes,
+            dense=mode == "cpu",
             compute_bytes=4 if cpu else 2,
             checkpointing=checkpointing,
+            frugal=keeps_little(mode, layers or shape.layers, shape.layers),
         )
         verdict = estimate.verdict(device.memory_available)
         if verdict == "safe":

@@ -23,18 +23,13 @@ import numpy as np
 
 from localdpo.dpo import fastmath
 from localdpo.dpo.autograd import with_vjp
+from localdpo.dpo.budget import CALL_COST
 from localdpo.dpo.packing import PackedBatch, Segment
 from localdpo.model.device import on_cpu
 
 _ATTENTION = "scaled_dot_product_attention"
 _SWIGLU = "swiglu"
 _MASKED = -1e9
-CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
-"""What an attention call costs beside its scores, in scores of one head.
-
-On a CPU some 65 small operations, about 0.5 ms, measured. On a GPU some ten kernels a call, about 50 us, while it
-computes some 20 scores a nanosecond: reckoned from launch times and peak rates, not measured (docs/decisions/0004).
-"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,13 @@ CPU_STREAMS = {"cpu": 2, "lean": 1, "gpu": 1}
 MICRO_BATCH_TOKENS = {"cpu": 768, "lean": 256, "gpu": 4096}
 """The longest micro-batch, but for a single pair that is longer."""
 
+CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
+"""What an attention call costs beside its scores, in scores of one head.
+
+On a CPU some 65 small operations, about 0.5 ms, measured. On a GPU some ten kernels a call, about 50 us, while it
+computes some 20 scores a nanosecond: reckoned from launch times and peak rates, not measured (docs/decisions/0004).
+"""
+
 
 def mode_of(device: str, memory: str) -> Mode:
     """The mode of a loaded model, by its ``device`` and ``memory``."""

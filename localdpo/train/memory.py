@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isqrt
 from typing import Any, Literal, Protocol
+
+from localdpo.dpo.budget import CALL_COST, Mode, tokens_alive
 
 Verdict = Literal["safe", "tight", "too big"]
 
@@ -135,6 +138,17 @@ class Workload:
     tokens: int
     context: int
     head_tile: int = 1 << 19
+
+    @classmethod
+    def of_step(cls, mode: Mode, window: int, longest: int, heads: int) -> Workload:
+        """A step over pairs of ``window`` tokens altogether, the longest of which has ``longest``."""
+        on_gpu = mode == "gpu"
+        return cls(
+            tokens=min(window, tokens_alive(mode, longest)),
+            # On a GPU short segments share an attention call, with what each must not see masked.
+            context=longest + 2 * isqrt(CALL_COST["gpu"] // heads) if on_gpu else longest,
+            head_tile=1 << (25 if on_gpu else 19),
+        )
 
 
 @dataclass(frozen=True, slots=True)

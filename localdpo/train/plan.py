@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, isqrt
+from math import ceil
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
-from localdpo.dpo.attention import CALL_COST
-from localdpo.dpo.budget import CPU_STREAMS, keeps_little, mode_of, tokens_alive
+from localdpo.dpo.budget import CPU_STREAMS, keeps_little, mode_of
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import describe_device, lane_streams
@@ -219,13 +218,7 @@ def _fit_memory(
     on_cpu = loaded.device == "cpu"
     window, longest = sum(sorted(lengths)[-rows_per_step(recipe.train) :]), max(lengths)
     mode = mode_of(loaded.device, loaded.memory)
-    tokens = min(window, tokens_alive(mode, longest))
-    workload = Workload(
-        tokens=tokens,
-        # On a GPU short segments share an attention call, with what each must not see masked.
-        context=longest if on_cpu else longest + 2 * isqrt(CALL_COST["gpu"] // shape.heads),
-        head_tile=1 << (19 if on_cpu else 25),
-    )
+    workload = Workload.of_step(mode, window, longest, shape.heads)
 
     def estimate(checkpointing: bool) -> MemoryEstimate:
         return estimate_memory(
