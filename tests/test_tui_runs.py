@@ -27,6 +27,7 @@ async def test_two_runs_are_compared_and_one_is_kept(tmp_path, size):
         assert "3/4" in text
         assert "44%" in text
         await seen(pilot, "Loss: smooth 0.6")
+        assert ("not, kept" in text) == (size[0] > 100)
         await pilot.press("space")
         await told(pilot, "first is marked as A")
         await pilot.press("down", "space")

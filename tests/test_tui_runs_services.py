@@ -12,6 +12,7 @@ from localdpo_tui.services.kept import Kept
 from localdpo_tui.services.run_view import CHARTS, RunView, read_chunk, state_sign
 
 from localdpo.errors import EnvironmentFault, InputError
+from localdpo.evaluate.evidence import verdict_of_run
 from localdpo.train.events import (
     CheckpointEvent,
     EndEvent,
@@ -89,6 +90,18 @@ def test_a_row_says_what_the_folder_holds(tmp_path):
     assert row.adapter
     assert not row.resumable
     assert row.bytes == sum(file.stat().st_size for file in (tmp_path / "a").rglob("*") if file.is_file())
+
+
+def test_a_row_has_the_verdict_on_the_run_as_it_is_now(tmp_path):
+    run = make_run(tmp_path / "a")
+    assert run_list.read_row(run).verdict == verdict_of_run(run)
+    assert run_list.read_row(run).verdict.short == "not, kept"
+    run.status_file.write_text('{"state": "diverged", "step": 8, "total_steps": 8}')
+    assert run_list.read_row(run).verdict.words.startswith("not learned: training diverged")
+    run.status_file.write_text('{"state": "training", "step": 8, "total_steps": 8}')
+    lock = acquire(run.path)
+    assert run_list.read_row(run).verdict is None
+    lock.release()
 
 
 @pytest.mark.parametrize("damage", ["metrics.jsonl", "status.json", "adapter/adapter_config.json"])

@@ -22,7 +22,7 @@ from textual.widgets import Input
 import localdpo
 from localdpo.console.ui import open_ui
 from localdpo.errors import EnvironmentFault, InputError, Problem
-from tui import SIZES, Snapshots, screen_lines, screen_text, seen, started, until, write_pairs
+from tui import screen_lines, screen_text, seen, started, until, write_pairs
 
 ROOT = Path(localdpo.__file__).parents[1]
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch"}
@@ -37,11 +37,6 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     write_pairs(tmp_path / "work" / "pairs" / "p.jsonl")
     return tmp_path / "work"
-
-
-@pytest.fixture
-def snapshots(request: pytest.FixtureRequest, tmp_path: Path) -> Snapshots:
-    return Snapshots(bool(request.config.getoption("--update-snapshots")), tmp_path)
 
 
 async def test_the_places_are_one_key_away_also_from_a_text(folder: Path):
@@ -139,23 +134,6 @@ def test_action_ids_and_helps_are_whole():
         keys = by_place.setdefault(action.where, {})
         for key in filter(None, action.key.split(",")):
             assert keys.setdefault(key, action.id) == action.id, f"{key} is taken twice in {action.where}"
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
-async def test_how_the_pairs_place_looks(folder: Path, snapshots: Snapshots, size: tuple[int, int]):
-    async with started(folder, size) as (app, pilot):
-        await seen(pilot, "日本の首都")
-        await seen(pilot, "saved ─╯")
-        if size[0] > 100:
-            await seen(pilot, "≈")
-        await snapshots.check(app, pilot, f"pairs-{size[0]}x{size[1]}")
-
-
-async def test_how_an_empty_workspace_looks(tmp_path: Path, snapshots: Snapshots):
-    (tmp_path / "empty").mkdir()
-    async with started(tmp_path / "empty", (80, 24)) as (app, pilot):
-        await seen(pilot, "Import a file")
-        await snapshots.check(app, pilot, "welcome-80x24")
 
 
 def run_code(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

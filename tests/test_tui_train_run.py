@@ -90,6 +90,7 @@ async def test_a_finished_run_is_shown_with_its_curves(folder, size):
         await seen(pilot, "Loss: smooth 0.6")
         await seen(pilot, "loss 0.025")
         await seen(pilot, "All done.")
+        await seen(pilot, "Verdict: not learned, ")
         await until(pilot, lambda: isinstance(app.focused, Chart))
         shown = []  # `n` goes round the charts: every one once, whatever is shown of them
         for _ in range(6):

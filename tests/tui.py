@@ -86,15 +86,33 @@ class Snapshots:
         self._update, self._failed = update, failed
 
     async def check(self, app: Any, pilot: Pilot[None], name: str) -> None:
+        """Wait until the screen looks like the picture; charts and panes are drawn some times a second."""
         freeze(app)
-        await pilot.pause()
-        actual = app.export_screenshot(title="localdpo", simplify=True)
         path = self.FOLDER / f"{name}.svg"
         if self._update:
             self.FOLDER.mkdir(exist_ok=True)
-            path.write_text(actual, "utf-8")
+            path.write_text(await _settled(app, pilot), "utf-8")
             return
-        if actual != path.read_text("utf-8"):
+        expected = path.read_text("utf-8")
+        try:
+            await until(pilot, lambda: _picture(app) == expected, path.name)
+        except AssertionError:
             new = self._failed / f"{name}.svg"
-            new.write_text(actual, "utf-8")
-            raise AssertionError(f"{path.name} looks different now: see {new}. The screen:\n{screen_text(app)}")
+            new.write_text(_picture(app), "utf-8")
+            raise AssertionError(
+                f"{path.name} looks different now: see {new}. The screen:\n{screen_text(app)}"
+            ) from None
+
+
+def _picture(app: Any) -> str:
+    return str(app.export_screenshot(title="localdpo", simplify=True))
+
+
+async def _settled(app: Any, pilot: Pilot[None]) -> str:
+    """The picture that did not change for a second: only for drawing it anew."""
+    last, since = _picture(app), time.monotonic()
+    while time.monotonic() - since < 1:
+        await pilot.pause(0.05)
+        if (now := _picture(app)) != last:
+            last, since = now, time.monotonic()
+    return last

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TOKENS_A_PAIR = 256
 """What the memory column supposes of a pair, prompt and both answers together."""
+_VERDICT = ("learned", "kept", "short", "words")
 _FIT = {"safe": "fits", "tight": "tight", "too big": "too big"}
 
 
@@ -47,7 +48,7 @@ def show_runs(folder: Path, as_json: bool) -> None:
                 str(row["state"]),
                 f"{row['step']}/{row['total_steps']}",
                 "" if row["best_loss"] is None else f"{row['best_loss']:.4f}",
-                _verdict_text(row["verdict"]),
+                row["verdict"]["short"] if row["verdict"] else "",
                 str(row["model"] or ""),
             ]
             for row in rows
@@ -55,10 +56,6 @@ def show_runs(folder: Path, as_json: bool) -> None:
         _print_table(("run", "state", "step", "best loss", "verdict", "model"), table, right=(2, 3))
     else:
         print(f"no runs in {sanitise(str(folder))}")
-
-
-def _verdict_text(verdict: Mapping[str, Any] | None) -> str:
-    return "" if verdict is None else ", ".join(verdict[word] or "?" for word in ("learned", "kept"))
 
 
 def run_row(run: Any) -> dict[str, Any]:
@@ -76,7 +73,9 @@ def run_row(run: Any) -> dict[str, Any]:
         **(asdict(status) if status else {}),
         "model": model.get("spec") if isinstance(model, Mapping) else None,
         "adapter": str(run.adapter) if (run.adapter / "adapter_config.json").is_file() else None,
-        "verdict": {name: getattr(verdict, name) for name in ("learned", "kept", "words")} if verdict else None,
+        "verdict": {name: getattr(verdict, name) for name in ("learned", "kept", "short", "words")}
+        if verdict
+        else None,
     }
     return row
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -52,7 +53,7 @@ def verdict_of_run(run: RunFolder) -> Verdict | None:
         found = verdict_from_json(evaluation.get("verdict"))
         if found is not None:
             return found
-    return judge(evidence_of_events(run.events().events, run.samples(), status.adapter_step))
+    return judge(evidence_of_events(run.every_event(), run.samples(), status.adapter_step))
 
 
 def evidence_of_evaluation(held_out: Mapping[str, Any] | None, drift: Mapping[str, Any] | None) -> Evidence:
@@ -96,26 +97,36 @@ def _is_of(evaluation: Mapping[str, Any], run: RunFolder, step: int) -> bool:
         return False
 
 
-def evidence_of_events(events: Sequence[Event], samples: Sequence[SampleEvent], adapter_step: int) -> Evidence:
-    """What training's own events say about the adapter of ``adapter_step``; no model is asked anything."""
-    start = next((event for event in events if isinstance(event, StartEvent)), None)
-    evaluations = [event for event in events if isinstance(event, EvalEvent)]
-    steps = [event for event in events if isinstance(event, StepEvent) and event.step <= adapter_step]
-    before = next((event for event in evaluations if event.step == 0), None)
-    after = next((event for event in reversed(evaluations) if event.step == adapter_step), None)
+def evidence_of_events(events: Iterable[Event], samples: Sequence[SampleEvent], adapter_step: int) -> Evidence:
+    """What training's own events say about the adapter of ``adapter_step``; no model is asked anything.
+
+    ``events`` are looked at once, in order, and at most an epoch of them is kept.
+    """
+    start: StartEvent | None = None
+    before: EvalEvent | None = None
+    after: EvalEvent | None = None
+    first: list[StepEvent] = []
+    last_epoch: deque[StepEvent] = deque(maxlen=1)
+    for event in events:
+        match event:
+            case StartEvent() if start is None:
+                start = event
+                last_epoch = deque(maxlen=max(1, event.steps_per_epoch))
+            case EvalEvent():
+                before = event if before is None and event.step == 0 else before
+                after = event if event.step == adapter_step else after
+            case StepEvent() if event.step <= adapter_step:
+                if len(first) < _FIRST_STEPS:
+                    first.append(event)
+                last_epoch.append(event)
     plan = start.plan if start is not None else {}
-    last_epoch = _last_epoch(steps, start.steps_per_epoch if start is not None else 1)
     return Evidence(
         **_held_out(before, after, int(_number(plan.get("held_out_pairs")))),
-        **_trained(steps, last_epoch, plan),
+        **_trained(last_epoch, plan),
         **_probes([sample for sample in samples if sample.final]),
         retain_drift=_mean_metric(last_epoch, "retain/drift"),
-        chosen_nll=_chosen_nll(before, after, steps, last_epoch),
+        chosen_nll=_chosen_nll(before, after, first, last_epoch),
     )
-
-
-def _last_epoch(steps: Sequence[StepEvent], steps_per_epoch: int) -> Sequence[StepEvent]:
-    return steps[-max(1, steps_per_epoch) :]
 
 
 def _held_out(before: EvalEvent | None, after: EvalEvent | None, pairs: int) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def _preference(metrics: Mapping[str, float], prefix: str = "") -> float:
     return metrics[f"{prefix}logps/chosen"] - metrics[f"{prefix}logps/rejected"]
 
 
-def _trained(steps: Sequence[StepEvent], last_epoch: Sequence[StepEvent], plan: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(last_epoch: Iterable[StepEvent], plan: Mapping[str, Any]) -> dict[str, Any]:
     margin = _mean_metric(last_epoch, "rewards/margins")
     loss = plan.get("loss")
     beta = _number(loss.get("beta")) if isinstance(loss, Mapping) else 0.0
@@ -149,17 +160,17 @@ def _number(value: object) -> float:
 
 
 def _chosen_nll(
-    before: EvalEvent | None, after: EvalEvent | None, steps: Sequence[StepEvent], last_epoch: Sequence[StepEvent]
+    before: EvalEvent | None, after: EvalEvent | None, first_steps: Iterable[StepEvent], last_epoch: Iterable[StepEvent]
 ) -> float | None:
     """The chosen answers' summed NLL at the end over that at the beginning; of held-out pairs where there are any."""
     if before is not None and after is not None:
         first, last = (event.metrics.get("eval_logps/chosen") for event in (before, after))
     else:
-        first, last = _mean_metric(steps[:_FIRST_STEPS], "logps/chosen"), _mean_metric(last_epoch, "logps/chosen")
+        first, last = _mean_metric(first_steps, "logps/chosen"), _mean_metric(last_epoch, "logps/chosen")
     return last / first if first is not None and last is not None and first < 0 else None
 
 
-def _mean_metric(steps: Sequence[StepEvent], name: str) -> float | None:
+def _mean_metric(steps: Iterable[StepEvent], name: str) -> float | None:
     values = [event.metrics[name] for event in steps if name in event.metrics]
     return fmean(values) if values else None
 

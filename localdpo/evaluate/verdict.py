@@ -118,6 +118,11 @@ class Verdict:
     words: str
     reasons: tuple[Reason, ...] = ()
 
+    @property
+    def short(self) -> str:
+        """Both words, "?" for one that could not be judged: ``learned, kept``."""
+        return ", ".join(word or "?" for word in (self.learned, self.kept))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "reasons": [asdict(reason) for reason in self.reasons]}
@@ -186,7 +191,8 @@ def _held_out(evidence: Evidence) -> tuple[Reason | None, bool]:
     else:
         word = "learned" if strong and sure else "partly"
     odds = "" if grown is None else f", their odds {_odds(grown)}"
-    text = f"{accuracy.value:.0%} of {_count(evidence.pairs, 'held-out pair')} preferred more than before{odds}"
+    pairs = _count(evidence.pairs, "held-out pair") if evidence.pairs else "the held-out pairs"
+    text = f"{accuracy.value:.0%} of {pairs} preferred more than before{odds}"
     too_few = strong and not sure
     if too_few:
         text += ", too few to be sure"

@@ -41,6 +41,7 @@ _COLUMNS = (
     ("held out", 8),
     ("retained", 8),
     ("size", 7),
+    ("verdict", 15),
 )
 EMPTY = (
     "No runs yet.\n\n"
@@ -61,7 +62,7 @@ class RunsPlace(Place):
 
     ★ is the run that is kept as the current one. Deleting moves a run to the trash, and Ctrl+Z brings it back.
     "held out" is the accuracy on pairs it did not train on, "retained" how many of the base's right answers are
-    right still."""
+    right still. The verdict (learned, partly or not; kept, drifted or broken) has its reasons in the details."""
     ACTIONS: ClassVar[tuple[Action, ...]] = register(
         "runs",
         Action("runs.compare", "space", "Compare", "Mark this run; two marked ones are compared."),
@@ -179,6 +180,7 @@ class RunsPlace(Place):
             accuracy.rjust(_COLUMNS[4][1]),
             share_text(row.retained).rjust(_COLUMNS[5][1]),
             bytes_text(row.bytes).rjust(_COLUMNS[6][1]),
+            row.verdict.short if row.verdict is not None else "",
         )
         return map(Content, texts)
 

@@ -19,6 +19,7 @@ from textual.containers import Horizontal
 from textual.events import ScreenResume
 
 from localdpo.errors import LocalDPOError, Problem
+from localdpo.evaluate.evidence import verdict_of_run
 from localdpo.train.run import Request, RunFolder
 from localdpo_tui.actions import Action, bindings, register
 from localdpo_tui.places.base import Place
@@ -280,6 +281,9 @@ class TrainPlace(Place):
                 elif was_running:
                     self._over(view)
             self._tell_of_trainer()
+            if not chunk.events and view.to_judge:
+                view.judge(await asyncio.to_thread(verdict_of_run, view.run))
+                self.query_one(RunPane).changed()
             if chunk.events:
                 await asyncio.sleep(0)
             else:

@@ -12,12 +12,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from localdpo.console.terminal import bytes_text, duration_text
 from localdpo.errors import EnvironmentFault, Problem
+from localdpo.evaluate.evidence import EVAL_FILE, verdict_of_run
 from localdpo.evaluate.figures import TAUGHT
+from localdpo.evaluate.verdict import Verdict
 from localdpo.files import environment_faults
 from localdpo.report.differences import recipe_differences
 from localdpo.train.events import EndEvent, EvalEvent, Event, StartEvent, StepEvent, event_from_json
@@ -70,6 +73,7 @@ class RunRow:
     message: str = ""
     lines: tuple[str, ...] = ()
     adapter: bool = False
+    verdict: Verdict | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -122,8 +126,28 @@ def read_row(run: RunFolder) -> RunRow:
         message=status.message or (end.message if end is not None else ""),
         lines=tuple(line for line in figures.get("lines", ()) if isinstance(line, str)),
         adapter=(run.adapter / "adapter_config.json").is_file(),
+        verdict=_verdict(run.path, _stamps(run)),
         recipe=recipe if isinstance(recipe, Mapping) else {},
     )
+
+
+@lru_cache(maxsize=1000)
+def _verdict(path: Path, stamps: tuple[object, ...]) -> Verdict | None:
+    """The verdict on a run as its files are now; read once, for a long run has many events."""
+    return verdict_of_run(RunFolder(path))
+
+
+def _stamps(run: RunFolder) -> tuple[object, ...]:
+    files = (run.status_file, run.samples_file, run.path / EVAL_FILE, run.adapter / "adapter_config.json")
+    return (run.is_running(), *map(_stamp, files))
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _number(value: object) -> float:
@@ -253,6 +277,7 @@ def share_text(counted: tuple[int, int] | None) -> str:
 
 
 _FIGURES: dict[str, Callable[[RunRow], str]] = {
+    "verdict": lambda row: row.verdict.short if row.verdict is not None else "",
     "steps": lambda row: f"{row.step:,} of {row.total_steps:,}",
     "pairs": lambda row: "" if row.pairs is None else f"{row.pairs:,}",
     "held-out accuracy": lambda row: _percent(row.accuracy),

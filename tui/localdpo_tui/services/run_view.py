@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from localdpo.console.display import STAGES
 from localdpo.console.terminal import duration_text
+from localdpo.evaluate.verdict import Verdict
 from localdpo.train.events import (
     CheckpointEvent,
     EndEvent,
@@ -116,6 +117,17 @@ class RunView:
     last_eval: EvalEvent | None = None
     notes: deque[Note] = field(default_factory=lambda: deque(maxlen=NOTES))
     samples: deque[SampleEvent] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    verdict: Verdict | None = None
+    _judged: tuple[int, Status | None] | None = None
+
+    @property
+    def to_judge(self) -> bool:
+        """Whether the run is over and was not judged as it is now."""
+        return not self.running and self._judged != (self.offset, self.status)
+
+    def judge(self, verdict: Verdict | None) -> None:
+        """Take in the verdict on the run as it is."""
+        self.verdict, self._judged = verdict, (self.offset, self.status)
 
     def take(self, chunk: EventChunk, status: Status | None) -> bool:
         """Take in events and a status; returns whether anything changed."""

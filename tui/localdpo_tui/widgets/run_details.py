@@ -24,6 +24,9 @@ def about(shown: Sequence[RunRow], current: str | None) -> Iterator[Content]:
         if row.name == current:
             yield Content.styled("★ the current run: Chat opens it first", "$text-success")
         yield Content("")
+        if row.verdict is not None:
+            yield Content.styled(f"Verdict: {one_line(row.verdict.words, 1000)}", "bold")
+            yield Content("")
         for name, _, value in compared_figures(row, row):
             yield inert(f"{name:20} {value}")
         yield Content("")
@@ -41,7 +44,6 @@ def _plain(value: Any) -> str:
 def differences(first: RunRow, second: RunRow) -> Iterator[Content]:
     """Figures and recipes of two runs side by side."""
     yield Content.assemble(("A ", "bold"), one_line(first.name), ("   B ", "bold"), one_line(second.name))
-    yield Content("")
     for name, left, right in compared_figures(first, second):
         yield inert(f"{name:20} {fit(left or '-', 12)} {right or '-'}")
     yield Content("")

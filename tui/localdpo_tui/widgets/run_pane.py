@@ -109,7 +109,9 @@ class RunPane(Vertical):
 
 
 def _said(view: RunView) -> Iterator[Content]:
-    """What went wrong, the other notes, the sample answers: the latest of each first."""
+    """The verdict when it is over, what went wrong, the other notes, the sample answers: the latest of each first."""
+    if view.verdict is not None and not view.running:
+        yield Content.styled(one_line(f"Verdict: {view.verdict.words}", 2000), "bold")
     for note in sorted(reversed(view.notes), key=lambda note: note.kind != "warning"):
         yield _note(note)
     if not view.notes:
