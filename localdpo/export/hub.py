@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,8 +242,9 @@ def _portable(recipe: Recipe, base: str) -> Recipe:
 
 def _figures(source: Source) -> dict[str, Any]:
     """The closing figures of the run; empty where it has none."""
-    ends = [event for event in source.run.events().events if isinstance(event, EndEvent)] if source.run else []
-    return dict(ends[-1].figures) if ends and ends[-1].figures else {}
+    events = source.run.every_event() if source.run is not None else iter(())
+    ends = deque((event for event in events if isinstance(event, EndEvent)), maxlen=1)
+    return dict(ends[0].figures) if ends and ends[0].figures else {}
 
 
 def _pairs(source: Source) -> tuple[int, str] | None:
