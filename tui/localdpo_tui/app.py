@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ __all__ = ["LocalDPOApp"]
 
 HANG_UP = (signal.SIGHUP, signal.SIGTERM)
 GONE_SECONDS = 2.0
+SWITCH_SECONDS = 0.0005
 _PLACES = {"pairs": "PairsPlace", "train": "TrainPlace", "chat": "ChatPlace", "runs": "RunsPlace"}
 
 EVERYWHERE = register(
@@ -96,6 +98,7 @@ class LocalDPOApp(App[None]):
         self.folder_title = one_line(str(self.folder.absolute().name) or "/")
         self._host_factory = host_factory
         self._first_link = dict(link or {})
+        self._switch_interval = sys.getswitchinterval()
         for theme in THEMES:
             self.register_theme(theme)
         wanted = str(load_preferences().get("theme", DEFAULT_THEME))
@@ -126,6 +129,9 @@ class LocalDPOApp(App[None]):
     def on_mount(self) -> None:
         """Remember the theme when it changes, and end in order when the terminal hangs up."""
         self.theme_changed_signal.subscribe(self, self._remember_theme)
+        # A thread that computes gives way after Python's 5 ms, every time that this one wants to go on: a screen drawn
+        # while a large file is indexed took 100 ms so. The default comes back in `on_unmount`.
+        sys.setswitchinterval(SWITCH_SECONDS)
         loop = asyncio.get_running_loop()
         for number in HANG_UP:
             with suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread: a test
@@ -297,6 +303,7 @@ class LocalDPOApp(App[None]):
 
     async def on_unmount(self) -> None:
         """End the host's process with the app."""
+        sys.setswitchinterval(self._switch_interval)
         if self.host_started:
             await self.host.close()
 

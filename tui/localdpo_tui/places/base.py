@@ -6,13 +6,14 @@ knows nothing about pairs, runs or chats.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.events import AppBlur, ScreenSuspend
+from textual.events import AppBlur, Mount, ScreenSuspend
 from textual.screen import Screen
 
 from localdpo_tui.actions import Action
@@ -57,6 +58,12 @@ class Place(Screen[None]):
     def compose_body(self) -> ComposeResult:
         """Yield the widgets of this place."""
         yield from ()
+
+    @on(Mount)
+    def _keep_still(self) -> None:
+        # A full collection walks all that was imported, some 50 ms in which no key is obeyed. What is there once a
+        # place is laid out stays as long as the app, so that the collector need not look at it again.
+        self.call_after_refresh(gc.freeze)
 
     def spawn(
         self, work: Callable[..., Coroutine[Any, Any, object]], *arguments: Any, group: str, exclusive: bool = False
