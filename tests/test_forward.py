@@ -18,7 +18,7 @@ from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import NotUnderstood
 from localdpo.dpo.forward import Forward, choose_forward, exact_logps
 from localdpo.dpo.packing import pack
-from localdpo.dpo.recompute import Checkpointed
+from localdpo.dpo.recompute import Checkpointed, InOrder
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 
@@ -309,6 +309,38 @@ def _kept(checkpoint: bool) -> int:
 def test_checkpointing_keeps_a_fraction() -> None:
     """Of 24 layers, one at a time and what enters each. The gradients must not wait for the end, nor keep it all."""
     assert _kept(True) < 0.3 * _kept(False)
+
+
+def test_a_layer_called_by_keyword_gets_its_gradients_too() -> None:
+    model = adapted_model("llama")
+    layer, hidden = model.layers[0], mx.array(np.random.default_rng(0).random((1, 5, 32), np.float32))
+
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer
+
+        def __call__(self, *, inputs: mx.array) -> mx.array:
+            return layer(inputs, None)
+
+    parameters = dict(tree_flatten(layer.trainable_parameters()))
+
+    def gradients(call: Any) -> dict[str, mx.array]:
+        def total(parameters: dict[str, mx.array]) -> mx.array:
+            layer.update(tree_unflatten(list(parameters.items())))
+            return call().sum()
+
+        found = mx.grad(total)(parameters)
+        layer.update(tree_unflatten(list(parameters.items())))
+        return found
+
+    keyword = Keyword()
+    exact = gradients(lambda: layer(hidden, None))
+    for ours in (
+        gradients(lambda: InOrder(keyword, keyword)(inputs=hidden)),
+        gradients(lambda: InOrder(layer, layer)(hidden, None)),
+    ):
+        assert_grads({n: np.array(v) for n, v in ours.items()}, {n: np.array(v) for n, v in exact.items()})
 
 
 def test_checkpointed_dropout_moves_the_random_state_on() -> None:

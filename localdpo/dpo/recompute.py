@@ -32,7 +32,8 @@ class InOrder:
     """Stands in for a layer and finishes its parameters' gradients before any gradient goes on to the layers below.
 
     MLX would do them when it likes, which is late: they are outputs, and nothing else waits for them. Until then all
-    that they are made of stays in memory, the inputs of every layer that carries an adapter among it.
+    that they are made of stays in memory, the inputs of every layer that carries an adapter among it. A layer whose
+    first argument is no array, as some architectures call theirs, is left to MLX.
     """
 
     def __init__(self, layer: nn.Module, stand_in: Any) -> None:
@@ -43,14 +44,14 @@ class InOrder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what stands in for the layer."""
         outside = dict(tree_flatten(self._layer.trainable_parameters()))
-        if not outside:
-            return self._stand_in(hidden, *args, **kwargs)
-        hidden, *inside = _gate(hidden, *outside.values())
+        if not outside or not args or not isinstance(args[0], mx.array):
+            return self._stand_in(*args, **kwargs)
+        hidden, *inside = _gate(args[0], *outside.values())
         self._layer.update(tree_unflatten(list(zip(outside, inside, strict=True))))
-        out = self._stand_in(hidden, *args, **kwargs)
+        out = self._stand_in(hidden, *args[1:], **kwargs)
         self._layer.update(tree_unflatten(list(outside.items())))
         return out
 

@@ -8,6 +8,7 @@ the first paint is mostly the time of imports.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -304,6 +305,7 @@ class LocalDPOApp(App[None]):
     async def on_unmount(self) -> None:
         """End the host's process with the app."""
         sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()  # what the places kept from the collector
         if self.host_started:
             await self.host.close()
 
