@@ -305,6 +305,7 @@ def test_an_evaluation_of_the_published_adapter_goes_before(tmp_path: Path):
         ({"created": "x"}, own),
         ({"format": 2}, own),
         ({"verdict": None}, own),
+        ({"verdict": Verdict(None, None, "neither could be judged").to_json()}, own),  # as one of fairness alone
     ]:
         (run.path / EVAL_FILE).write_text(json.dumps({**data, **change}))
         assert verdict_of_run(run) == expected, change

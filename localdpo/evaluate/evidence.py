@@ -38,8 +38,8 @@ def read_evaluation(run: RunFolder) -> dict[str, Any] | None:
 def verdict_of_run(run: RunFolder) -> Verdict | None:
     """The verdict on a run's published adapter, from its folder alone; None while there is none to judge.
 
-    That of ``eval.json`` where it was made of the adapter that is published now, else one from training's own
-    figures. A run that diverged has learned nothing.
+    That of ``eval.json`` where it was made of the adapter that is published now and could judge anything (one of
+    fairness alone cannot), else one from training's own figures. A run that diverged has learned nothing.
     """
     status = run.status()
     if status is None or status.state in ACTIVE_STATES:
@@ -51,7 +51,7 @@ def verdict_of_run(run: RunFolder) -> Verdict | None:
     evaluation = read_evaluation(run)
     if evaluation is not None and _is_of(evaluation, run, status.adapter_step):
         found = verdict_from_json(evaluation.get("verdict"))
-        if found is not None:
+        if found is not None and (found.learned or found.kept):
             return found
     return judge(evidence_of_events(run.every_event(), run.samples(), status.adapter_step))
 
