@@ -471,12 +471,13 @@ def _missing_files(recipe: Recipe, settings: Settings) -> list[Problem]:
     problems = []
     for key in _DATA_FILES:
         file = getattr(recipe.data, key)
-        if isinstance(file, Path) and not file.is_file():
-            what = "is a folder, not a file" if file.is_dir() else "there is no such file"
+        # os.path, for pathlib raises where a name is longer than the system allows or a folder may not be entered.
+        if isinstance(file, Path) and not os.path.isfile(file):
+            what = "is a folder, not a file" if os.path.isdir(file) else "there is no such file"
             fix = "Paths in a recipe are relative to its folder"
             problems.append(Problem(settings.where(("data", key)), f"{file}: {what}", fix))
     start = recipe.lora.init_from
-    if start is not None and not (start / "adapter_config.json").is_file():
+    if start is not None and not os.path.isfile(start / "adapter_config.json"):
         fix = "Name the adapter folder of a run, such as runs/first/adapter"
         problems.append(Problem(settings.where(("lora", "init_from")), f"{start}: there is no adapter", fix))
     return problems

@@ -256,6 +256,11 @@ def test_missing_files_are_named_all_of_them(folder: Path):
     assert load_recipe(folder / "athene.yaml", check_files=False).data.train == folder / "a.jsonl"
 
 
+def test_a_name_longer_than_the_system_allows_is_a_missing_file(folder: Path):
+    (found,) = problems(folder, f"model: x\ndata: {{train: {'x' * 400}}}\n")
+    assert "there is no such file" in found
+
+
 def test_empty_sections_count_as_absent(folder: Path):
     assert load(folder, SHORT + "train:\nlora:\n") == load(folder, SHORT)
 

@@ -158,7 +158,8 @@ class ChatPlace(ChatAnswers):
         parts = [one_line(who), one_line(chat.model or "smollm2-135m"), f"temperature {temperature:g}"]
         if chat.system.strip():
             parts.append(f"system: {one_line(chat.system, 40)}")
-        self.query_one("#chat-who", Static).update(" · ".join(parts))
+        for line in self.query("#chat-who").results(Static):  # none any more where the app is being left
+            line.update(" · ".join(parts))
 
     # -- asking
 
