@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_dir", "recipes_dir"]
+__all__ = ["cache_dir", "child_environment", "recipes_dir"]
 
 
 def cache_dir() -> Path:
@@ -16,6 +16,13 @@ def cache_dir() -> Path:
     if chosen:
         return Path(chosen).expanduser().absolute()
     return Path(platformdirs.user_cache_dir("localdpo", appauthor=False))
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment in which a child process finds this package wherever this process found it."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def recipes_dir() -> Path:

@@ -108,7 +108,7 @@ async def test_runs(folder: Path, snapshots: Snapshots, size: tuple[int, int]):
         await snapshots.check(app, pilot, f"runs-compared-{size[0]}x{size[1]}")
 
 
-@pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
+@sizes
 def test_chat(tmp_path: Path, snapshots: Snapshots, size: tuple[int, int]):
     def answer(messages: list, adapter: str | None, _options: object, _candidate: int) -> str:
         return "我是 Athene 🦉, trained here. é ≠ é" if adapter else "I am [bold]SmolLM[/bold].\x1b]52;c;x\x07"

@@ -169,28 +169,26 @@ def dpo_memory(entry: CatalogueEntry) -> tuple[int, str]:
     As the trainer does, it holds the base in the way that suits the memory there is, and turns to gradient
     checkpointing where that would not be safe.
     """
-    from localdpo.dpo.budget import keeps_little, mode_of
+    from localdpo.dpo.budget import mode_of
     from localdpo.model.device import describe_device
     from localdpo.model.load import choose_memory
     from localdpo.recipe import LoraRecipe, TrainRecipe
-    from localdpo.train.memory import ModelShape, Workload, estimate_memory
+    from localdpo.train.memory import ModelShape, estimate_step
 
     device, shape, lora = describe_device(), ModelShape.of(entry), LoraRecipe()
     layers = lora.num_layers if isinstance(lora.num_layers, int) else None
     window = TrainRecipe().per_device_train_batch_size * TOKENS_A_PAIR
-    cpu = device.kind == "cpu"
     mode = mode_of(device.kind, choose_memory(entry.parameters, "auto"))
     for checkpointing in (False, True):
-        estimate = estimate_memory(
+        estimate = estimate_step(
             shape,
-            Workload.of_step(mode, window, TOKENS_A_PAIR, shape.heads),
+            mode,
+            window,
+            TOKENS_A_PAIR,
             trainable=shape.lora_parameters(lora.r, layers, lora.target_modules),
             lora_layers=layers,
-            weight_bytes=None if mode == "cpu" else entry.disk_bytes,
-            dense=mode == "cpu",
-            compute_bytes=4 if cpu else 2,
+            weight_bytes=4 * shape.parameters if mode == "cpu" else entry.disk_bytes,
             checkpointing=checkpointing,
-            frugal=keeps_little(mode, layers or shape.layers, shape.layers),
         )
         verdict = estimate.verdict(device.memory_available)
         if verdict == "safe":

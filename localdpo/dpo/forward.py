@@ -21,7 +21,7 @@ from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
 from localdpo.dpo.attention import PackedCache, install
 from localdpo.dpo.packing import PackedBatch, pack, sequence_of
-from localdpo.dpo.recompute import Checkpointed, Frugal, InOrder, is_gated_mlp
+from localdpo.dpo.recompute import StandIn, is_gated_mlp, keeping
 from localdpo.dpo.trunk import TrunkCache, gather, scatter
 from localdpo.model.device import on_cpu
 
@@ -50,15 +50,12 @@ class Forward(Protocol):
         ...
 
 
-class Skipped:
+class Skipped(StandIn):
     """Stands in for a layer below the cut: hands on what it gets, or ``states`` in its place."""
 
     def __init__(self, layer: nn.Module, states: mx.array | None = None) -> None:
-        self._layer = layer
+        super().__init__(layer)
         self._states = states
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """The states, whatever came in."""
@@ -146,7 +143,9 @@ class SharedForward:
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
         batch = pack(pairs)
-        hidden = self._body(batch, self._layers(batch, pairs, self._keeping(grad, checkpoint)))
+        layers = self.anatomy.layers
+        stand_ins = keeping(layers, checkpoint=checkpoint, gated=self._gated) if grad else layers
+        hidden = self._body(batch, self._layers(batch, pairs, stand_ins))
         logps = self.anatomy.head.logps(hidden[mx.array(batch.rows)], mx.array(batch.targets), grad=grad)
         return logps, batch.membership(), len(batch.tokens)
 
@@ -167,15 +166,6 @@ class SharedForward:
             out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
         hidden: mx.array = out[:, 0]
         return hidden
-
-    def _keeping(self, grad: bool, checkpoint: bool) -> list[Any]:
-        """The layers, each standing for how much of it is kept for the backward pass."""
-        layers = self.anatomy.layers
-        if not grad:
-            return list(layers)
-        if checkpoint:
-            return [InOrder(layer, Checkpointed(layer)) for layer in layers]
-        return [InOrder(layer, Frugal(layer) if id(layer) in self._gated else layer) for layer in layers]
 
     def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], layers: Sequence[Any]) -> list[Any]:
         above = list(layers[self.cut :])
@@ -208,9 +198,7 @@ class PlainForward:
             logits = self.model(ids).astype(mx.float32)
             return exact_logps(logits.reshape(-1, logits.shape[-1])[rows], targets)
         layers = self.anatomy.layers
-        stand_ins: list[Any] = list(layers)
-        if grad:
-            stand_ins = [InOrder(layer, Checkpointed(layer) if checkpoint else layer) for layer in layers]
+        stand_ins = keeping(layers, checkpoint=checkpoint) if grad else list(layers)
         with self.anatomy.replaced_layers(stand_ins):
             hidden = self.anatomy.body(ids, cache=None)
         return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)

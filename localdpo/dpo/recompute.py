@@ -9,7 +9,7 @@ MLP for every token; both follow from ``gate`` and ``up`` by multiplications and
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -28,7 +28,17 @@ _MLP = "mlp"
 Activation = Callable[[mx.array, mx.array], mx.array]
 
 
-class InOrder:
+class StandIn:
+    """Takes a layer's place in the body, and answers as the layer for all that it does not do itself."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+
+class InOrder(StandIn):
     """Stands in for a layer and finishes its parameters' gradients before any gradient goes on to the layers below.
 
     MLX would do them when it likes, which is late: they are outputs, and nothing else waits for them. Until then all
@@ -38,11 +48,8 @@ class InOrder:
 
     def __init__(self, layer: nn.Module, stand_in: Any) -> None:
         """``stand_in`` is called for ``layer``; it may be the layer itself."""
-        self._layer = layer
+        super().__init__(layer)
         self._stand_in = stand_in
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what stands in for the layer."""
@@ -64,19 +71,13 @@ def _gate_backward(primals: Any, cotangents: list[mx.array], outputs: Any) -> li
 _gate = with_vjp(lambda *arrays: list(arrays), _gate_backward)
 
 
-class Checkpointed:
+class Checkpointed(StandIn):
     """Stands in for a layer and recomputes it in the backward pass instead of keeping its activations.
 
     Whatever a gradient flows through is an argument of the checkpointed function: the layer's trainable arrays, and
     what earlier layers hand over beside the hidden states (keys and values, in some architectures). Captured, it
     would get none. Dropout draws the same mask both times.
     """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -113,14 +114,8 @@ def _random_from(seed: int | None) -> Iterator[None]:
         mx.random.seed(high << 32 | low)
 
 
-class Frugal:
+class Frugal(StandIn):
     """Stands in for a layer whose ``mlp`` is a gated one, and makes the input of its last product again."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
@@ -131,6 +126,17 @@ class Frugal:
             return layer(*args, **kwargs)
         finally:
             layer[_MLP] = mlp
+
+
+def keeping(layers: Sequence[nn.Module], *, checkpoint: bool, gated: Container[int] = ()) -> list[Any]:
+    """What stands for each layer while gradients are taken: checkpointed, or frugal where ``gated`` has its ``id``."""
+
+    def stand_in(layer: nn.Module) -> Any:
+        if checkpoint:
+            return Checkpointed(layer)
+        return Frugal(layer) if id(layer) in gated else layer
+
+    return [InOrder(layer, stand_in(layer)) for layer in layers]
 
 
 def is_gated_mlp(layer: nn.Module) -> bool:

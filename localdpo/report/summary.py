@@ -11,6 +11,7 @@ from localdpo.report.record import Record
 from localdpo.report.svg import interval_svg
 from localdpo.report.values import Figure, figure, items, number, object_at, text
 from localdpo.series import number_text
+from localdpo.train.run import ACTIVE_STATES
 
 __all__ = ["VERDICTS", "badges", "count_bytes", "duration", "headline", "state_chip", "tiles", "verdict"]
 
@@ -106,7 +107,7 @@ def _reservation(record: Record) -> Markup | None:
 
 
 def _unknown(record: Record) -> list[Child]:
-    if record.state in ("starting", "training", "paused", "finishing"):
+    if record.state in ACTIVE_STATES:
         return [tag("p", "Training is at work; this page shows the run as it is now. Make it again when it is done.")]
     if not record.has_adapter:
         return [tag("p", "There is no adapter: nothing to judge. ", record.status.message if record.status else "")]

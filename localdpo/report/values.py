@@ -10,9 +10,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from localdpo.evaluate.intervals import Figure
 
 __all__ = ["MAX_BYTES", "Figure", "figure", "flag", "items", "number", "object_at", "read_object", "text", "tilde"]
 
@@ -20,15 +21,6 @@ MAX_BYTES = 64_000_000
 """A JSON file larger than this is not read for a page."""
 
 _HOME = re.compile(r"^(/home/[^/]+|/Users/[^/]+|/root)(?=/|$)")
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A measured value and its 95 % interval, where there is one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 def number(value: object) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt
 from typing import Any, Literal, Protocol
 
-from localdpo.dpo.budget import CALL_COST, Mode, tokens_alive
+from localdpo.dpo.budget import CALL_COST, Mode, keeps_little, tokens_alive
 
 Verdict = Literal["safe", "tight", "too big"]
 
@@ -210,6 +210,30 @@ def estimate_memory(
         # Logits, their exponentials and the rows of the head they are made with, a tile at a time.
         logits=4 * 4 * min(workload.head_tile, workload.tokens * shape.vocab),
         caches=_caches(shape, workload, compute_bytes),
+    )
+
+
+def estimate_step(
+    shape: ModelShape,
+    mode: Mode,
+    window: int,
+    longest: int,
+    *,
+    trainable: int,
+    lora_layers: int | None,
+    weight_bytes: int,
+    checkpointing: bool,
+) -> MemoryEstimate:
+    """The peak of a step as a model in ``mode`` runs it, over pairs of ``window`` tokens, the longest ``longest``."""
+    return estimate_memory(
+        shape,
+        Workload.of_step(mode, window, longest, shape.heads),
+        trainable=trainable,
+        lora_layers=lora_layers,
+        compute_bytes=2 if mode == "gpu" else 4,
+        checkpointing=checkpointing,
+        frugal=keeps_little(mode, shape.layers if lora_layers is None else lora_layers, shape.layers),
+        weight_bytes=weight_bytes,
     )
 
 

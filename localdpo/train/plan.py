@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
-from localdpo.dpo.budget import CPU_STREAMS, keeps_little, mode_of
+from localdpo.dpo.budget import CPU_STREAMS, mode_of
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import describe_device, lane_streams
@@ -26,7 +27,7 @@ from localdpo.model.load import LoadedModel
 from localdpo.model.lora import LoraInfo
 from localdpo.model.resolve import resolve_model
 from localdpo.recipe import Recipe, TrainRecipe
-from localdpo.train.memory import MemoryEstimate, ModelShape, Workload, estimate_memory
+from localdpo.train.memory import MemoryEstimate, ModelShape, estimate_step
 from localdpo.train.optimizer import warmup_steps
 
 CPU_EFFICIENCY, GPU_EFFICIENCY = 0.45, 0.3
@@ -215,25 +216,18 @@ def _fit_memory(
     asked = recipe.train.gradient_checkpointing
     if shape is None:
         return asked is True, None
-    on_cpu = loaded.device == "cpu"
-    window, longest = sum(sorted(lengths)[-rows_per_step(recipe.train) :]), max(lengths)
-    mode = mode_of(loaded.device, loaded.memory)
-    workload = Workload.of_step(mode, window, longest, shape.heads)
-
-    def estimate(checkpointing: bool) -> MemoryEstimate:
-        return estimate_memory(
-            shape,
-            workload,
-            trainable=info.trainable,
-            lora_layers=info.num_layers,
-            compute_bytes=4 if on_cpu else 2,
-            checkpointing=checkpointing,
-            frugal=keeps_little(mode, info.num_layers, shape.layers),
-            weight_bytes=_weight_bytes(loaded),
-        )
-
-    checkpointing = asked is True or (asked == "auto" and estimate(False).verdict(available) != "safe")
-    return checkpointing, estimate(checkpointing)
+    estimate = partial(
+        estimate_step,
+        shape,
+        mode_of(loaded.device, loaded.memory),
+        window=sum(sorted(lengths)[-rows_per_step(recipe.train) :]),
+        longest=max(lengths),
+        trainable=info.trainable,
+        lora_layers=info.num_layers,
+        weight_bytes=_weight_bytes(loaded),
+    )
+    checkpointing = asked is True or (asked == "auto" and estimate(checkpointing=False).verdict(available) != "safe")
+    return checkpointing, estimate(checkpointing=checkpointing)
 
 
 def _seconds(

@@ -17,11 +17,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
 
-import localdpo
 from localdpo.errors import EnvironmentFault, Problem
+from localdpo.paths import child_environment
 from localdpo.recipe import Recipe, dump_recipe
 from localdpo.train.events import EndEvent, Event, ProgressEvent, StartEvent, WarningEvent, event_line
 from localdpo.train.run import RunFolder
@@ -171,8 +170,6 @@ class _Link:
         self._waiting: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)
         self._states = {"ready": threading.Event(), "over": threading.Event()}
         self._ended = False
-        root = str(Path(localdpo.__file__).parent.parent)
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "localdpo.train.reporting", name, str(LINGER_SECONDS)],
@@ -182,7 +179,7 @@ class _Link:
                 encoding="utf-8",
                 # Ctrl-C in the terminal is for the trainer, which then tells the tracker that it is over.
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=child_environment(),
             )
         except OSError as error:
             self._failed(str(error))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import signal
 import sys
 from collections import deque
@@ -28,9 +27,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import localdpo
 from localdpo.data.fields import Message as Turn
 from localdpo.errors import EnvironmentFault, InputError, Problem
+from localdpo.paths import child_environment
 from localdpo.serve.protocol import (
     MAX_LINE_BYTES,
     PROTOCOL,
@@ -253,8 +252,6 @@ class ModelHost:
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         # Found wherever this program was found, and never in the folder that is open (-P).
-        root = str(Path(localdpo.__file__).parent.parent)
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self._said.clear()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -264,7 +261,7 @@ class ModelHost:
                 stderr=asyncio.subprocess.PIPE,
                 limit=MAX_LINE_BYTES + 1,
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env=child_environment(),
             )
         except OSError as error:
             problem = Problem(self._command[0], f"the model host cannot start ({error.strerror})")

@@ -6,13 +6,12 @@ it: call it on a thread.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import localdpo
 from localdpo.errors import EnvironmentFault, Problem
+from localdpo.paths import child_environment
 
 __all__ = ["PAGE", "is_stale", "make_report"]
 
@@ -38,8 +37,6 @@ def make_report(run: Path) -> Path:
     """Return the page of a run, made anew if need be. Raises EnvironmentFault with what the command said."""
     if not is_stale(run):
         return run / PAGE
-    root = str(Path(localdpo.__file__).parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "localdpo", "report", str(run.absolute())],
@@ -48,7 +45,7 @@ def make_report(run: Path) -> Path:
             timeout=_MOST_SECONDS,
             text=True,
             errors="replace",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=child_environment(),
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

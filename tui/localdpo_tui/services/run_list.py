@@ -24,7 +24,7 @@ from localdpo.evaluate.verdict import Verdict
 from localdpo.files import environment_faults
 from localdpo.report.differences import recipe_differences
 from localdpo.train.events import EndEvent, EvalEvent, Event, StartEvent, StepEvent, event_from_json
-from localdpo.train.run import RunFolder, Status, find_runs
+from localdpo.train.run import ACTIVE_STATES, RunFolder, Status, find_runs
 from localdpo_tui.services.run_view import CHARTS, CHUNK_BYTES, HELD_OUT
 from localdpo_tui.widgets.chart_data import Series, number_text
 from localdpo_tui.widgets.chart_layout import ChartModel, Line
@@ -84,7 +84,7 @@ class RunRow:
     @property
     def running(self) -> bool:
         """Whether a trainer is at work on it."""
-        return self.state in ("starting", "training", "paused", "finishing")
+        return self.state in ACTIVE_STATES
 
     @property
     def resumable(self) -> bool:
@@ -126,20 +126,19 @@ def read_row(run: RunFolder) -> RunRow:
         message=status.message or (end.message if end is not None else ""),
         lines=tuple(line for line in figures.get("lines", ()) if isinstance(line, str)),
         adapter=(run.adapter / "adapter_config.json").is_file(),
-        verdict=_verdict(run.path, _stamps(run)),
+        verdict=_verdict(run.path, (status, *_stamps(run))),
         recipe=recipe if isinstance(recipe, Mapping) else {},
     )
 
 
 @lru_cache(maxsize=1000)
 def _verdict(path: Path, stamps: tuple[object, ...]) -> Verdict | None:
-    """The verdict on a run as its files are now; read once, for a long run has many events."""
+    """The verdict on a run as it is now; read once, for a long run has many events."""
     return verdict_of_run(RunFolder(path))
 
 
 def _stamps(run: RunFolder) -> tuple[object, ...]:
-    files = (run.status_file, run.samples_file, run.path / EVAL_FILE, run.adapter / "adapter_config.json")
-    return (run.is_running(), *map(_stamp, files))
+    return tuple(map(_stamp, (run.samples_file, run.path / EVAL_FILE, run.adapter / "adapter_config.json")))
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

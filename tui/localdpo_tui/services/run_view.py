@@ -24,7 +24,7 @@ from localdpo.train.events import (
     StepEvent,
     WarningEvent,
 )
-from localdpo.train.run import RunFolder, Status
+from localdpo.train.run import ACTIVE_STATES, RunFolder, Status
 from localdpo_tui.widgets.chart_data import Range, number_text
 from localdpo_tui.widgets.chart_layout import ChartModel, Line
 
@@ -199,7 +199,7 @@ class RunView:
     @property
     def running(self) -> bool:
         """Whether a trainer is at work."""
-        return self.state in ("starting", "training", "paused", "finishing")
+        return self.state in ACTIVE_STATES
 
     @property
     def resumable(self) -> bool:

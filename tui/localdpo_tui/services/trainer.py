@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import localdpo
 from localdpo.data.drafts import HIDDEN, make_hidden
 from localdpo.errors import EnvironmentFault, InputError, LocalDPOError, Problem
 from localdpo.files import environment_faults
+from localdpo.paths import child_environment
 
 __all__ = ["Trainer", "start"]
 
@@ -66,8 +66,6 @@ def start(recipe: str | Path, folder: str | Path, *, resume: bool = False, overr
     log = _new_log(Path(folder), Path(recipe))
     words = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-P", "-m", "localdpo", "train", str(Path(recipe).absolute()), *words]
-    root = str(Path(localdpo.__file__).parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     with environment_faults(log), log.open("wb") as output:
         process = subprocess.Popen(
             [*command, *(["--resume"] if resume else [])],
@@ -76,7 +74,7 @@ def start(recipe: str | Path, folder: str | Path, *, resume: bool = False, overr
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            env={**child_environment(), "PYTHONUNBUFFERED": "1"},
         )
     # Somebody has to take note of its end, or it stays in the process table for as long as the UI runs.
     threading.Thread(target=process.wait, name="trainer", daemon=True).start()
