@@ -93,6 +93,18 @@ def test_progress_counts_what_is_computed(tmp_path: Path) -> None:
     assert list(cache(tmp_path).fill(CountingScorer(), pairs)) == [(0, 0)]
 
 
+def test_pairs_are_looked_at_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localdpo.dpo.reference._BLOCK", 3)
+    pairs, scorer = rows(7), CountingScorer()
+    cache(tmp_path).get(scorer, pairs[1:2])
+    asked = [pairs[i] for i in (0, 1, 2, 0, 3, 0, 4, 5, 4, 6)]
+    steps = list(cache(tmp_path).fill(scorer, asked))
+    assert steps[-1][0] == steps[-1][1]
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert sorted(scorer.asked) == sorted(row.key for row in pairs), "each was computed once, in whatever block"
+    assert_equal(cache(tmp_path).get(scorer, asked), CountingScorer().reference_logps(asked))
+
+
 def test_an_interruption_keeps_what_was_done(tmp_path: Path) -> None:
     class Interrupted(CountingScorer):
         def reference_logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:

@@ -9,7 +9,7 @@ import pytest
 from tiny import randomise_adapter
 from training import collect, of, recipe_for, workspace
 
-from localdpo.data.encode import EncodedPair, encode_prompt
+from localdpo.data.encode import encode_pairs, encode_prompt, end_of_turn_ids
 from localdpo.data.pairs import PreferencePair, PromptRow, read_pairs
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import load_model
@@ -20,7 +20,6 @@ from localdpo.train.retain import (
     RETAIN_TOKENS,
     AnswerCache,
     base_answers,
-    drop_end_of_turn,
     encode_prompts,
     retain_pairs,
 )
@@ -149,12 +148,11 @@ def test_an_answer_that_was_cut_off_trains_no_end_of_turn(loaded):
     ids = loaded.tokenizer.encode(text, add_special_tokens=False)
     whole = retain_pairs([_row("p")], [text], TRAIN, loaded, seed=0, max_tokens=2 * len(ids))[0]
     cut = retain_pairs([_row("p")], [text], TRAIN, loaded, seed=0, max_tokens=len(ids))[0]
-    encoded = EncodedPair(*(np.array([1, 2, 3], np.int32) for _ in range(3)))
-    assert drop_end_of_turn(whole, encoded) is encoded
-    shorter = drop_end_of_turn(cut, encoded)
-    assert shorter.chosen_ids.tolist() == [1, 2]
-    assert shorter.rejected_ids.tolist() == [1, 2, 3]
-    assert shorter.key != encoded.key
+    ours, theirs = (encode_pairs([pair], loaded.tokenizer).pairs[0] for pair in (cut, whole))
+    assert ours.chosen_ids.tolist() == theirs.chosen_ids.tolist()[:-1]
+    assert theirs.chosen_ids[-1] in end_of_turn_ids(loaded.tokenizer)
+    assert ours.rejected_ids.tolist() == theirs.rejected_ids.tolist()
+    assert ours.key != theirs.key
 
 
 def test_prompts_without_room_are_skipped_with_the_reason(loaded):
@@ -193,3 +191,9 @@ def test_answers_are_kept_as_json_under_the_models_fingerprint(root, tmp_path, m
     collect(recipe_for(root, data__retain=root / "keep.jsonl", output_dir=tmp_path / "run", train__max_steps=1))
     (file,) = (tmp_path / "cache" / "answers").glob(f"*/greedy-{RETAIN_TOKENS}.json")
     assert len(json.loads(file.read_text())) == 6
+
+
+def test_only_the_first_pairs_of_a_long_file_are_looked_at_for_answers(loaded, monkeypatch):
+    monkeypatch.setattr(retain, "TAUGHT", 2)
+    pairs = retain_pairs([_row(f"p{n}") for n in range(20)], ["yes"] * 20, TRAIN, loaded, seed=0)
+    assert {pair.rejected for pair in pairs} == {TRAIN[0].chosen, TRAIN[1].chosen}

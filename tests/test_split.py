@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localdpo.data.fields import Message
-from localdpo.data.pairs import PreferencePair, PromptRow
+from localdpo.data.pairs import PreferencePair, PromptRow, prompt_key
 from localdpo.data.split import overlap, split_by_prompt
 
 
@@ -25,6 +26,22 @@ def test_a_split_keeps_every_pair_once_and_prompts_together(prompts: list[int], 
     assert [p for p in pairs if p in held] == held
     if fraction > 0 and len(set(prompts)) > 1:
         assert held
+
+
+@given(st.lists(st.integers(0, 20), max_size=60), st.floats(0.01, 0.6), st.integers(0, 99))
+def test_prompts_are_held_out_in_the_order_of_their_digests(prompts: list[int], fraction: float, seed: int):
+    """The rule in plain words: whole prompts, by the sha256 of seed and key, as long as they fit."""
+    pairs = [pair(str(prompt), number) for number, prompt in enumerate(prompts)]
+    groups: dict[bytes, list[PreferencePair]] = {}
+    for one in pairs:
+        groups.setdefault(prompt_key(one.prompt), []).append(one)
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key.hex()}".encode()).digest())
+    wanted, held = max(1, round(fraction * len(pairs))), []
+    for key in order if len(groups) > 1 else []:
+        held += groups[key] if len(held) + len(groups[key]) <= wanted else []
+    if len(groups) > 1 and not held:
+        held = min((groups[key] for key in order), key=len)
+    assert split_by_prompt(pairs, fraction, seed)[1] == sorted(held, key=pairs.index)
 
 
 def test_the_fraction_is_met_when_prompts_are_single():

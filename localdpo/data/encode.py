@@ -7,6 +7,7 @@ one answer. This module knows nothing about batches, padding or the model's weig
 from __future__ import annotations
 
 import hashlib
+import marshal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from localdpo.data.chat import ChatFormat, ChatTokenizer, Conversation, Refusal
 from localdpo.data.pairs import Kind, Message, PreferencePair, Skipped, listed
+from localdpo.data.shelf import Shelf
 from localdpo.data.template import check_template
 from localdpo.errors import InputError, Problem, first_problems
 from localdpo.recipe import Truncation
@@ -27,8 +29,12 @@ __all__ = [
     "check_template",
     "encode_pairs",
     "encode_prompt",
+    "encoded_shelf",
     "end_of_turn_ids",
 ]
+
+UNFINISHED = "unfinished"
+"""Key in a pair's ``extra``: its chosen answer was cut off, so it gets no end of turn: it would have gone on there."""
 
 Ids = npt.NDArray[np.int32]
 
@@ -64,11 +70,28 @@ class EncodedPair:
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
+def encoded_shelf() -> Shelf[EncodedPair]:
+    """An empty shelf for encoded pairs: as many as there are, at a few bytes of memory each."""
+    return Shelf(_to_shelf, _from_shelf)
+
+
+def _to_shelf(pair: EncodedPair) -> bytes:
+    ids = [part.tobytes() for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    # Written and read by this process alone.
+    return marshal.dumps((*ids, pair.weight, pair.kind, pair.row, pair.line, pair.source))
+
+
+def _from_shelf(data: bytes) -> EncodedPair:
+    prompt, chosen, rejected, *rest = marshal.loads(data)
+    prompt_ids, chosen_ids, rejected_ids = (np.frombuffer(ids, np.int32) for ids in (prompt, chosen, rejected))
+    return EncodedPair(prompt_ids, chosen_ids, rejected_ids, *rest)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """The encoded pairs in order, the rows left out, what to tell the user, and how many were truncated."""
 
-    pairs: list[EncodedPair]
+    pairs: Sequence[EncodedPair]
     skipped: list[Skipped]
     warnings: list[Problem]
     truncated: int
@@ -101,16 +124,18 @@ def encode_pairs(
     max_length: int = 1024,
     truncation: Truncation = "keep_start",
     progress: Callable[[int, int], None] | None = None,
+    into: Shelf[EncodedPair] | None = None,
 ) -> Encoding:
     """Encode pairs with the model's chat template, a prompt with either answer in `max_length` tokens.
 
     A prompt that leaves no room for an answer is skipped. Of a longer pair, `keep_start` cuts the answers'
     ends (and then trains no end of turn for them), `keep_end` cuts the prompt's start, `skip` leaves the
     pair out. A row the template refuses is skipped too. `progress` gets the pairs done and their number.
+    `into` is an empty shelf to put them on, where they may be too many for memory.
     Raises `InputError` when the tokenizer has no usable chat format or when no pair is left.
     """
     chat = ChatFormat(tokenizer)
-    encoder = _Encoder(chat, max_length, truncation)
+    encoder = _Encoder(chat, max_length, truncation, [] if into is None else into)
     for row, pair in enumerate(pairs):
         try:
             encoder.add(row, pair)
@@ -139,7 +164,7 @@ class _Encoder:
     chat: ChatFormat
     max_length: int
     truncation: Truncation
-    pairs: list[EncodedPair] = field(default_factory=list)
+    pairs: list[EncodedPair] | Shelf[EncodedPair]
     skipped: list[Skipped] = field(default_factory=list)
     truncated: int = 0
     notes: _Notes = field(default_factory=lambda: _Notes())
@@ -155,6 +180,8 @@ class _Encoder:
         self.truncated += cut
         self.notes.add(pair, conversation, cut)
         prompt_ids, chosen_ids, rejected_ids = map(_array, fitted)
+        if pair.extra.get(UNFINISHED) and len(chosen_ids) > 1:
+            chosen_ids = chosen_ids[:-1]
         self.pairs.append(
             EncodedPair(prompt_ids, chosen_ids, rejected_ids, pair.weight, pair.kind, row, pair.line, pair.source)
         )

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import marshal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from localdpo.data.fields import Kind, Message, RowFields, blank_prompt
 from localdpo.data.jsonl import ProblemLog, Progress, Row, read_rows
+from localdpo.data.shelf import Shelf
 from localdpo.errors import InputError, Problem, first_problems
 
 __all__ = [
@@ -26,7 +28,9 @@ __all__ = [
     "PreferencePair",
     "PromptRow",
     "Skipped",
+    "collect_pairs",
     "listed",
+    "pair_shelf",
     "pair_to_json",
     "parse_pair",
     "prompt_key",
@@ -94,6 +98,9 @@ class PairFile:
     warnings: list[Problem]
 
 
+_FIELDS = tuple(PreferencePair.__dataclass_fields__)
+
+
 class _Skip(Exception):
     """The row is well-formed but teaches nothing."""
 
@@ -123,20 +130,43 @@ def read_pairs(path: str | Path, progress: Progress | None = None) -> PairFile:
     repeated and contradictory pairs are kept and warned about. Raises `InputError` for broken rows, the
     first ten named and the rest counted, and when no pair is left.
     """
-    log = ProblemLog()
     pairs: list[PreferencePair] = []
+    skipped, warnings = collect_pairs(path, pairs.append, progress)
+    return PairFile(pairs, skipped, warnings)
+
+
+def collect_pairs(
+    path: str | Path, keep: Callable[[PreferencePair], None], progress: Progress | None = None
+) -> tuple[list[Skipped], list[Problem]]:
+    """Call `keep` with every usable pair of a file, in order; returns the rest of what `read_pairs` does.
+
+    Raises as it does, by then having called `keep` for the pairs that are right.
+    """
+    log = ProblemLog()
+    kept = 0
     skipped: list[Skipped] = []
     repeats = _Repeats(str(path))
     for row in scan_pairs(path, log, progress):
         if isinstance(row, Skipped):
             skipped.append(row)
         else:
-            pairs.append(row)
+            keep(row)
+            kept += 1
             repeats.add(row)
     log.raise_if_any()
-    if not pairs:
+    if not kept:
         raise _nothing_left(str(path), skipped, "pairs")
-    return PairFile(pairs, skipped, repeats.warnings())
+    return skipped, repeats.warnings()
+
+
+def pair_shelf() -> Shelf[PreferencePair]:
+    """An empty shelf for pairs: as many as there are, at a few bytes of memory each."""
+    # Written and read by this process alone; unlike JSON, marshal leaves every text and tuple as it is.
+    return Shelf(lambda pair: marshal.dumps([getattr(pair, name) for name in _FIELDS]), _from_shelf)
+
+
+def _from_shelf(data: bytes) -> PreferencePair:
+    return PreferencePair(*marshal.loads(data))
 
 
 def parse_pair(row: Row, source: str, log: ProblemLog) -> PreferencePair | Skipped | None:

@@ -17,6 +17,7 @@ import numpy as np
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import PairLogps
 
+_BLOCK = 4096  # pairs looked at together: those with equal prompts are found among them, and memory holds no more
 _CHUNK = 32  # pairs between two commits: what an interruption can cost
 _LOOKUP = 500  # SQLite's oldest limit on parameters is 999
 _BUSY_SECONDS = 10.0
@@ -55,27 +56,47 @@ class ReferenceCache:
 
         What was computed is stored before each yield: left there, it is not computed again.
         """
-        known = self.lookup({pair.key for pair in pairs})
-        missing = list({pair.key: pair for pair in pairs if pair.key not in known}.values())
-        missing.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
-        yield 0, len(missing)
-        for start in range(0, len(missing), _CHUNK):
-            chunk = missing[start : start + _CHUNK]
-            logps = scorer.reference_logps(chunk)
-            found = {
-                pair.key: (float(chosen), float(rejected))
-                for pair, chosen, rejected in zip(chunk, logps.chosen, logps.rejected, strict=True)
-            }
-            self._store(found)
-            known |= found
-            yield start + len(chunk), len(missing)
-        sums = np.array([known[pair.key] for pair in pairs], np.float32).reshape(-1, 2)
-        return PairLogps(
-            sums[:, 0],
-            sums[:, 1],
-            np.array([len(pair.chosen_ids) for pair in pairs], np.int64),
-            np.array([len(pair.rejected_ids) for pair in pairs], np.int64),
-        )
+        sums = np.empty((len(pairs), 2), np.float32)
+        lengths = np.empty((len(pairs), 2), np.int64)
+        wanted: dict[int, set[str]] = {}
+        for start in range(0, len(pairs), _BLOCK):
+            block = pairs[start : start + _BLOCK]
+            known = self.lookup({pair.key for pair in block})
+            for row, pair in enumerate(block, start):
+                lengths[row] = len(pair.chosen_ids), len(pair.rejected_ids)
+                if pair.key in known:
+                    sums[row] = known[pair.key]
+                else:
+                    wanted.setdefault(start, set()).add(pair.key)
+        total, done = sum(map(len, wanted.values())), 0
+        yield 0, total
+        for start, missing in wanted.items():
+            block = pairs[start : start + _BLOCK]
+            known = self.lookup(missing) if done else {}  # an earlier block may have had them
+            if known:
+                done += len(known)
+                yield done, total
+            rest = list({pair.key: pair for pair in block if pair.key in missing and pair.key not in known}.values())
+            rest.sort(key=lambda pair: pair.prompt_ids.tolist())  # equal prompts side by side are run once
+            for first in range(0, len(rest), _CHUNK):
+                found = self._score(scorer, rest[first : first + _CHUNK])
+                known |= found
+                done += len(found)
+                yield done, total
+            for row, pair in enumerate(block, start):
+                if pair.key in missing:
+                    sums[row] = known[pair.key]
+        return PairLogps(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
+
+    def _score(self, scorer: ScoresReference, pairs: Sequence[EncodedPair]) -> dict[str, tuple[float, float]]:
+        """Compute the sums of distinct pairs, and keep them."""
+        logps = scorer.reference_logps(pairs)
+        found = {
+            pair.key: (float(chosen), float(rejected))
+            for pair, chosen, rejected in zip(pairs, logps.chosen, logps.rejected, strict=True)
+        }
+        self._store(found)
+        return found
 
     def lookup(self, keys: set[str]) -> dict[str, tuple[float, float]]:
         """The stored (chosen, rejected) sums among ``keys``."""

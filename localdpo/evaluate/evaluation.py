@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _step_of(run: RunFolder) -> int:
     return status.adapter_step or 0 if status is not None else 0
 
 
-def _pairs(run: RunFolder, recipe: Recipe, options: EvalOptions, notes: list[str]) -> list[PreferencePair]:
+def _pairs(run: RunFolder, recipe: Recipe, options: EvalOptions, notes: list[str]) -> Sequence[PreferencePair]:
     if options.pairs_file is not None:
         return held_out_pairs(run, recipe, options.pairs_file)
     try:
@@ -170,19 +171,19 @@ def _other(path: Path, recipe: Recipe) -> RunFolder:
 
 def _prompt_sets(
     run: RunFolder, recipe: Recipe, held_out: Sequence[PreferencePair]
-) -> tuple[list[PromptSet], list[PreferencePair]]:
+) -> tuple[list[PromptSet], Sequence[PreferencePair]]:
     """What to ask for drift, and the pairs trained on; a run without retain prompts is asked the everyday ones."""
     trained = _trained(run, recipe)
     retain, source = _retained(run), "retain"
     if not retain:
         everyday = read_prompts(recipes_dir() / EVERYDAY)
-        taught = {id(row) for row in overlap([*trained, *held_out], everyday)}
+        taught = {id(row) for row in overlap(chain(trained, held_out), everyday)}
         retain, source = [row for row in everyday if id(row) not in taught], "everyday"
     sets = [PromptSet("retain", retain, source), PromptSet("probes", _probes(run, recipe), "probes")]
     return [part for part in sets if part.rows], trained
 
 
-def _trained(run: RunFolder, recipe: Recipe) -> list[PreferencePair]:
+def _trained(run: RunFolder, recipe: Recipe) -> Sequence[PreferencePair]:
     if not run.pairs_file.is_file():
         return []  # imported
     data = recipe.data.model_copy(update={"retain": None, "probes": None})

@@ -107,7 +107,7 @@ def recipe_of(run: RunFolder) -> Recipe:
     return load_recipe(run.recipe_file, check_files=False)
 
 
-def held_out_pairs(run: RunFolder, recipe: Recipe, pairs_file: str | Path | None = None) -> list[PreferencePair]:
+def held_out_pairs(run: RunFolder, recipe: Recipe, pairs_file: str | Path | None = None) -> Sequence[PreferencePair]:
     """The pairs that the run held out, or all of ``pairs_file``. Raises InputError when there are none."""
     if pairs_file is not None:
         pairs = read_pairs(pairs_file).pairs

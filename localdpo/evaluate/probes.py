@@ -37,7 +37,7 @@ def closing(session: Session) -> Generator[Event, None, Mapping[str, Any]]:
 def glimpse(session: Session) -> Iterator[Event]:
     """Show what the model says by now to the first few probes, or held-out prompts, beside what the base said."""
     inputs, count = session.setup.inputs, session.recipe.train.sample_prompts
-    rows = inputs.probes or [PromptRow(prompt=pair.prompt, tags=pair.tags) for pair in inputs.held_out]
+    rows = inputs.probes or [PromptRow(prompt=pair.prompt, tags=pair.tags) for pair in inputs.held_out[:count]]
     kept, prompts, _ = encode_prompts(rows[:count], session.loaded, session.recipe.data.max_length)
     if not prompts:
         return

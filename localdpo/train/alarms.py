@@ -30,6 +30,7 @@ What is not finite is no alarm: it ends the run (``DivergedError``).
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -321,11 +322,12 @@ class Alarms:
         """The alarm of train.stop_on that has gone off; empty while there is none."""
 
     @classmethod
-    def of(cls, recipe: Recipe, steps_per_epoch: int, chosen: Sequence[str]) -> Alarms:
+    def of(cls, recipe: Recipe, steps_per_epoch: int, chosen: Iterable[str]) -> Alarms:
         """The alarms that ``recipe`` asks for; ``chosen`` are the answers that the run teaches."""
         dpo, train = recipe.dpo, recipe.train
         at = {name: own or THRESHOLDS[name] for name, own in train.alarm_thresholds.items()}
-        taught = fmean(map(len, chosen)) if chosen else 0.0
+        lengths = array("l", map(len, chosen))
+        taught = fmean(lengths) if lengths else 0.0
         steps: dict[str, StepRule] = {
             rule.code: rule
             for rule in (

@@ -5,12 +5,26 @@ This module knows files and pairs, no tokens, and never loads mlx.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
-from localdpo.data.pairs import PairFile, PreferencePair, PromptRow, Skipped, listed, read_pairs, read_prompts
-from localdpo.data.split import overlap, split_by_prompt
+import numpy as np
+
+from localdpo.data.pairs import (
+    PreferencePair,
+    PromptRow,
+    Skipped,
+    collect_pairs,
+    listed,
+    pair_shelf,
+    prompt_key,
+    read_prompts,
+)
+from localdpo.data.shelf import Shelf
+from localdpo.data.split import held_out_rows, overlap
 from localdpo.errors import Problem
 from localdpo.paths import recipes_dir
 from localdpo.recipe import DataRecipe, Recipe
@@ -24,10 +38,13 @@ MIN_PAIRS_TO_SPLIT = 20
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a recipe's data section comes to; ``files`` are the originals as they were read, by key."""
+    """What a recipe's data section comes to; ``files`` are the originals as they were read, by key.
 
-    train: list[PreferencePair]
-    held_out: list[PreferencePair]
+    Pairs are on shelves: however many there are, they take little memory.
+    """
+
+    train: Shelf[PreferencePair]
+    held_out: Shelf[PreferencePair]
     retain: list[PromptRow]
     probes: list[PromptRow]
     skipped: list[Skipped]
@@ -63,45 +80,49 @@ def read_inputs(recipe: Recipe, copies: Mapping[str, Path] | None = None) -> Inp
     data, paths = recipe.data, data_paths(recipe.data)
     files = {key: DataFile.of(key, path) for key, path in paths.items() if key not in (copies or {})}
     files |= starting_files(recipe)
-    pairs = _pairs(paths["data.train"], (copies or {}).get("data.train"))
-    warnings, skipped = list(pairs.warnings), list(pairs.skipped)
+    train, skipped, warnings = _pairs(paths["data.train"], (copies or {}).get("data.train"))
     if "data.eval" in paths:
-        held_file = _pairs(paths["data.eval"], (copies or {}).get("data.eval"))
-        train, held_out = pairs.pairs, held_file.pairs
-        warnings += [*held_file.warnings, *_overlap_warning(paths["data.eval"], train, held_out)]
-        skipped += held_file.skipped
+        held_out, also_skipped, also_warned = _pairs(paths["data.eval"], (copies or {}).get("data.eval"))
+        warnings += [*also_warned, *_overlap_warning(paths["data.eval"], train, held_out)]
+        skipped += also_skipped
     else:
-        train, held_out = _split(pairs.pairs, data, recipe.seed)
+        train, held_out = _split(train, data, recipe.seed)
     retain = read_prompts(paths["data.retain"]) if "data.retain" in paths else []
     probes = read_prompts(paths["data.probes"]) if "data.probes" in paths else []
-    retain = _without_taught(retain, [*train, *held_out])
+    retain = _without_taught(retain, chain(train, held_out))
     warnings += _probe_warning(probes, train, retain)
     return Inputs(train, held_out, retain, probes, skipped, warnings, files)
 
 
-def _pairs(path: Path, copy: Path | None) -> PairFile:
-    file = read_pairs(copy or path)
+def _pairs(path: Path, copy: Path | None) -> tuple[Shelf[PreferencePair], list[Skipped], list[Problem]]:
+    """The usable pairs, the rows left out, and warnings; all name ``path``, even where ``copy`` is what is read."""
+    pairs, source = pair_shelf(), str(path)
     if copy is None:
-        return file
-    return PairFile(
-        [replace(pair, source=str(path)) for pair in file.pairs],
-        [replace(row, source=str(path)) for row in file.skipped],
-        [replace(problem, where=problem.where.replace(str(copy), str(path))) for problem in file.warnings],
+        return pairs, *collect_pairs(path, pairs.append)
+    skipped, warnings = collect_pairs(copy, lambda pair: pairs.append(replace(pair, source=source)))
+    return (
+        pairs,
+        [replace(row, source=source) for row in skipped],
+        [replace(problem, where=problem.where.replace(str(copy), source)) for problem in warnings],
     )
 
 
 def _split(
-    pairs: list[PreferencePair], data: DataRecipe, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    pairs: Shelf[PreferencePair], data: DataRecipe, seed: int
+) -> tuple[Shelf[PreferencePair], Shelf[PreferencePair]]:
     fraction = data.eval if isinstance(data.eval, float) else 0.0
     if len(pairs) < MIN_PAIRS_TO_SPLIT:
-        return pairs, []
+        return pairs, pairs.pick([])
     # Rows that a file already marks as retained are there to be trained on.
-    train, held_out = split_by_prompt([pair for pair in pairs if pair.kind == "preference"], fraction, seed)
-    return [*train, *(pair for pair in pairs if pair.kind != "preference")], held_out
+    preferences, others = array("l"), array("l")
+    for row, pair in enumerate(pairs):
+        (preferences if pair.kind == "preference" else others).append(row)
+    held = held_out_rows((prompt_key(pair.prompt) for pair in pairs.pick(preferences)), fraction, seed)
+    rows = np.asarray(preferences)
+    return pairs.pick(chain(np.delete(rows, held), others)), pairs.pick(rows[held])
 
 
-def _without_taught(retain: Sequence[PromptRow], pairs: Sequence[PreferencePair]) -> list[PromptRow]:
+def _without_taught(retain: Sequence[PromptRow], pairs: Iterable[PreferencePair]) -> list[PromptRow]:
     """A prompt whose answer is being changed cannot keep its old one."""
     taught = {id(row) for row in overlap(pairs, retain)}
     return [row for row in retain if id(row) not in taught]
@@ -124,7 +145,7 @@ def _overlap_warning(path: Path, train: Sequence[PreferencePair], held_out: Sequ
 def _probe_warning(
     probes: Sequence[PromptRow], train: Sequence[PreferencePair], retain: Sequence[PromptRow]
 ) -> list[Problem]:
-    shared = overlap([*train, *retain], probes)
+    shared = overlap(chain(train, retain), probes)
     if not shared:
         return []
     return [

@@ -11,12 +11,12 @@ import hashlib
 import json
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from localdpo.data.encode import EncodedPair, Ids, encode_prompt
+from localdpo.data.encode import UNFINISHED, Ids, encode_prompt
 from localdpo.data.pairs import Message, PreferencePair, PromptRow, Skipped
 from localdpo.errors import EnvironmentFault, InputError
 from localdpo.files import write_json
@@ -27,7 +27,8 @@ from localdpo.model.lora import adapters_off
 RETAIN_TOKENS = 32
 """Longest answer to keep: what makes an answer the base's own shows in its first words, and every token costs time."""
 CHUNK = 128
-UNFINISHED = "unfinished"
+TAUGHT = 10_000
+"""Pairs to choose a rejected answer from: enough for any variety, and a bound on what is held in memory."""
 
 Counted = Generator[tuple[int, int], None, list[str]]
 """Yields (done, wanted) on the way, returns the answers."""
@@ -131,9 +132,10 @@ def retain_pairs(
     Each counts for ``weight``.
 
     A prompt that the base answers with nothing makes no pair. An answer about as long as
-    ``max_tokens`` was cut off: its pair says so in ``extra``, for :func:`drop_end_of_turn`.
+    ``max_tokens`` was cut off: its pair says so in ``extra``. Taught answers are those of the first
+    ``TAUGHT`` pairs.
     """
-    taught = sorted({pair.chosen for pair in train if pair.kind == "preference"})
+    taught = sorted({pair.chosen for pair in islice(train, TAUGHT) if pair.kind == "preference"})
     rng = np.random.Generator(np.random.PCG64([seed, 1]))
     pairs = []
     for row, answer in zip(rows, answers, strict=True):
@@ -159,13 +161,6 @@ def retain_pairs(
             )
         )
     return pairs
-
-
-def drop_end_of_turn(pair: PreferencePair, encoded: EncodedPair) -> EncodedPair:
-    """Without its last token, when the chosen answer was cut off: the base would have gone on there."""
-    if not pair.extra.get(UNFINISHED) or len(encoded.chosen_ids) < 2:
-        return encoded
-    return replace(encoded, chosen_ids=encoded.chosen_ids[:-1])
 
 
 def messages_of(row: PromptRow) -> list[dict[str, str]]:

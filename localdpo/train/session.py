@@ -14,9 +14,10 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from localdpo.data.encode import EncodedPair, Encoding, Ids, encode_pairs
+from localdpo.data.encode import EncodedPair, Ids, encode_pairs, encoded_shelf
 from localdpo.data.order import Position, RowOrder
-from localdpo.data.pairs import PreferencePair, PromptRow, pair_to_json, read_pairs
+from localdpo.data.pairs import PromptRow, pair_to_json, read_pairs
+from localdpo.data.shelf import Shelf
 from localdpo.dpo.losses import LossSettings, PairLogps
 from localdpo.dpo.reference import ReferenceCache
 from localdpo.dpo.scorer import PairScorer
@@ -25,7 +26,7 @@ from localdpo.files import atomic_write, require_space
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraInfo, LoraSettings, attach_lora, load_adapter, lora_scale
 from localdpo.paths import cache_dir
-from localdpo.recipe import Recipe, Truncation
+from localdpo.recipe import Recipe
 from localdpo.train.alarms import Alarms
 from localdpo.train.checkpoint import Checkpoint, TrainState, load_latest, restore_rng, rng_state
 from localdpo.train.events import Event, ProgressEvent, StartEvent, WarningEvent
@@ -36,7 +37,6 @@ from localdpo.train.plan import Plan, make_plan, require_memory, require_memory_
 from localdpo.train.retain import (
     RETAIN_TOKENS,
     base_answers,
-    drop_end_of_turn,
     encode_prompts,
     retain_pairs,
 )
@@ -70,8 +70,8 @@ class Setup:
     inputs: Inputs
     loaded: LoadedModel
     info: LoraInfo
-    train: list[EncodedPair]
-    held_out: list[EncodedPair]
+    train: Shelf[EncodedPair]
+    held_out: Shelf[EncodedPair]
     retain_rows: list[PromptRow]
     retain_prompts: list[Ids]
     plan: Plan
@@ -88,7 +88,7 @@ class Session:
     settings: LossSettings
     optimizer: AdapterOptimizer
     order: RowOrder
-    train: list[EncodedPair]
+    train: Sequence[EncodedPair]
     reference: PairLogps | None
     held_out_reference: PairLogps | None
     alarms: Alarms
@@ -137,24 +137,27 @@ def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
     start = start_from(recipe, loaded, info)
     yield ProgressEvent(stage="encode", total=len(inputs.train) + len(inputs.held_out))
     data = recipe.data
-    train = _encode(inputs.train, loaded, data.max_length, data.truncation)
-    held_out = _encode(inputs.held_out, loaded, data.max_length, data.truncation)
+    train, held_out = encoded_shelf(), encoded_shelf()
+    encodings = [
+        encode_pairs(pairs, loaded.tokenizer, data.max_length, data.truncation, into=shelf)
+        for pairs, shelf in ((inputs.train, train), (inputs.held_out, held_out))
+    ]
     retain_rows, retain_prompts, retain_skipped = encode_prompts(inputs.retain, loaded, data.max_length)
     plan = make_plan(
         recipe,
         loaded,
         info,
-        train.pairs,
-        held_out=len(held_out.pairs),
-        retain_tokens=[len(ids) + _expected_answers(train.pairs, data.max_length) for ids in retain_prompts],
+        train,
+        held_out=len(held_out),
+        retain_tokens=_expected_retained(train, retain_prompts, data.max_length),
         probes=len(inputs.probes),
-        truncated=train.truncated + held_out.truncated,
-        skipped=[*inputs.skipped, *train.skipped, *held_out.skipped, *retain_skipped],
-        warnings=[*inputs.warnings, *_distinct([*train.warnings, *held_out.warnings])],
+        truncated=sum(encoding.truncated for encoding in encodings),
+        skipped=[*inputs.skipped, *(row for encoding in encodings for row in encoding.skipped), *retain_skipped],
+        warnings=[*inputs.warnings, *_distinct([note for encoding in encodings for note in encoding.warnings])],
     )
-    done = len(train.pairs) + len(held_out.pairs)
+    done = len(train) + len(held_out)
     yield ProgressEvent(stage="encode", done=done, total=done, fraction=1.0)
-    return Setup(recipe, inputs, loaded, info, train.pairs, held_out.pairs, retain_rows, retain_prompts, plan, start)
+    return Setup(recipe, inputs, loaded, info, train, held_out, retain_rows, retain_prompts, plan, start)
 
 
 def preflight(recipe: Recipe, inputs: Inputs) -> Plan:
@@ -188,14 +191,17 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
         plan=plan.to_json(),
     )
     yield from notes
-    train = [*setup.train, *(yield from _retained(setup, run, resume))]
+    train = setup.train.copy()
+    train.extend((yield from _retained(setup, run, resume)))
     settings = LossSettings.from_recipe(recipe.dpo)
     scorer = yield from _scorer(setup)
     reference = held_out_reference = None
     if not settings.reference_free:
         judge, fingerprint = reference_of(recipe, setup.start, scorer, loaded)
         cache = ReferenceCache(cache_dir() / "reference", fingerprint, loaded.device)
-        both = yield from staged("reference", cache.fill(judge, [*train, *setup.held_out]))
+        scored = train.copy()
+        scored.extend(setup.held_out)
+        both = yield from staged("reference", cache.fill(judge, scored))
         reference = both.rows(np.arange(len(train)))
         held_out_reference = both.rows(np.arange(len(train), len(both.chosen)))
     order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
@@ -209,7 +215,7 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
         train,
         reference,
         held_out_reference,
-        Alarms.of(recipe, order.steps_per_epoch, [pair.chosen for pair in setup.inputs.train]),
+        Alarms.of(recipe, order.steps_per_epoch, (pair.chosen for pair in setup.inputs.train)),
         EpochLoss(order.steps_per_epoch),
         _first_state(recipe, order),
     )
@@ -296,20 +302,16 @@ def _lora_settings(recipe: Recipe) -> LoraSettings:
     )
 
 
-def _encode(pairs: Sequence[PreferencePair], loaded: LoadedModel, max_length: int, truncation: Truncation) -> Encoding:
-    encoding = encode_pairs(pairs, loaded.tokenizer, max_length, truncation)
-    by_row = [drop_end_of_turn(pairs[encoded.row], encoded) for encoded in encoding.pairs]
-    return replace(encoding, pairs=by_row)
-
-
 def _distinct(problems: Sequence[Problem]) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
-def _expected_answers(train: Sequence[EncodedPair], max_length: int) -> int:
-    """Tokens of both answers of a retain row before they are known: the base's, and one that is taught."""
+def _expected_retained(train: Sequence[EncodedPair], prompts: Sequence[Ids], max_length: int) -> list[int]:
+    """Tokens of each retain row before its answers are known: the base's, and one that is taught."""
+    if not prompts:
+        return []
     taught = sum(len(pair.chosen_ids) for pair in train) // max(len(train), 1)
-    return min(RETAIN_TOKENS // 2, max_length) + taught
+    return [len(prompt) + min(RETAIN_TOKENS // 2, max_length) + taught for prompt in prompts]
 
 
 def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedPair]]:
@@ -348,5 +350,5 @@ def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedP
         rows = (json.dumps(pair_to_json(pair), ensure_ascii=False) for pair in pairs)
         atomic_write(run.retain_file, "".join(f"{row}\n" for row in rows))
     # What does not fit is cut at its end, whatever the policy for pairs: part of an answer is kept as well.
-    encoded = _encode(pairs, setup.loaded, setup.recipe.data.max_length, "keep_start")
+    encoded = encode_pairs(pairs, setup.loaded.tokenizer, setup.recipe.data.max_length, "keep_start")
     return [replace(pair, row=len(setup.inputs.train) + pair.row) for pair in encoded.pairs]
