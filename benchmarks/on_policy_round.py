@@ -24,6 +24,7 @@ from localdpo.evaluate.generate.work import ByRewards, GenerateSettings
 from localdpo.evaluate.rounds import RoundDone, Rounds, run_rounds
 from localdpo.model.sampling import SamplingOptions
 from localdpo.recipe import Recipe
+from localdpo.steps import result_of
 
 MODEL = "smollm2-135m"
 TOKENS = 80
@@ -54,14 +55,11 @@ def lengths(adapter: Path | None) -> list[int]:
     models = Models()
     speaker = models.speaker(Source(MODEL, adapter))
     requests = [Request(row.prompt) for row in rows(UNSEEN)]
-    work = answer_all(speaker, requests, SamplingOptions(max_tokens=TOKENS), 0, CandidateJournal.open(None))
-    while True:
-        try:
-            next(work)
-        except StopIteration as finished:
-            models.close()
-            answers = finished.value
-            return [len(answer.text.split()) for answer in answers if isinstance(answer, Candidate)]
+    answers = result_of(
+        answer_all(speaker, requests, SamplingOptions(max_tokens=TOKENS), 0, CandidateJournal.open(None))
+    )
+    models.close()
+    return [len(answer.text.split()) for answer in answers if isinstance(answer, Candidate)]
 
 
 def recipe(folder: Path, reference: str, steps: int, rate: float) -> Recipe:

@@ -18,7 +18,7 @@ from localdpo.evaluate.rewording import KINDS, reworded
 from localdpo.evaluate.wording import distinct, mentions, overlap_f1, repetition, taught_phrases, words_of
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
-from localdpo.train.events import Event
+from localdpo.steps import Steps
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,9 @@ def test_an_answer_gets_its_end_of_turn_unless_it_was_cut_off(tuned: LoadedModel
 
 
 def run_drift(loaded: LoadedModel, sets: list[PromptSet], pairs: list[PreferencePair], **options: int) -> Drift | None:
-    work = measure_drift(loaded, PairScorer(loaded.model), sets, pairs, DriftOptions(max_tokens=6, **options))
-    events: list[Event] = []
-    while True:
-        try:
-            events.append(next(work))
-        except StopIteration as finished:
-            assert all(0 <= event.fraction <= 1 for event in events)  # type: ignore[attr-defined]
-            return finished.value
+    steps = Steps(measure_drift(loaded, PairScorer(loaded.model), sets, pairs, DriftOptions(max_tokens=6, **options)))
+    assert all(0 <= event.fraction <= 1 for event in steps)  # type: ignore[attr-defined]
+    return steps.result
 
 
 def prompts(texts: list[str], accept: tuple[str, ...] = (), tag: str = "") -> list[PromptRow]:

@@ -21,6 +21,7 @@ from localdpo.evaluate.templates import read_fairness
 from localdpo.evaluate.tone import refuses, sentiment
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
+from localdpo.steps import Steps
 from localdpo.train.events import ProgressEvent
 
 GROUPS = {
@@ -50,11 +51,9 @@ def result(loaded, tmp_path_factory) -> FairnessResult:
 
 def run(loaded: LoadedModel, file: Path, **options: Any) -> FairnessResult:
     work: Generator[ProgressEvent, None, list[FairnessResult]] = run_fairness(loaded, [file], max_tokens=8, **options)
-    while True:
-        try:
-            assert next(work).stage == "fairness"
-        except StopIteration as stopped:
-            return stopped.value[0]
+    steps = Steps(work)
+    assert {event.stage for event in steps} == {"fairness"}
+    return steps.result[0]
 
 
 def by_hand(loaded: LoadedModel, row: dict[str, Any]) -> np.ndarray:

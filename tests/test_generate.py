@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from localdpo.evaluate.generate.work import (
 from localdpo.model.load import load_model
 from localdpo.model.lora import LoraSettings, attach_lora, save_adapter
 from localdpo.model.sampling import SamplingOptions
+from localdpo.steps import result_of
 
 HOT = SamplingOptions(max_tokens=10, temperature=1.5)
 SHORT = parse_rewards(["length:max=1;unit=characters"])
@@ -67,14 +67,6 @@ def run(prompts: list[PromptRow], settings: GenerateSettings, journal: Candidate
         generate_pairs(prompts, settings, CandidateJournal.open(None) if journal is None else journal)
     )
     return made
-
-
-def result_of(steps: Generator[Any, None, Any]) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as finished:
-            return finished.value
 
 
 def settings(model: Path, method: Method | None = None, **changes: Any) -> GenerateSettings:

@@ -16,6 +16,7 @@ from localdpo.console import evaluating
 from localdpo.errors import InputError
 from localdpo.evaluate.blind import BlindTest, blind_tests, wilson_interval
 from localdpo.evaluate.judge import JudgeResult, judge_answers, judge_run
+from localdpo.steps import Steps
 from localdpo.train.events import ProgressEvent
 
 
@@ -29,12 +30,8 @@ def root(tmp_path_factory):
 
 
 def finish(work: Any) -> tuple[list[ProgressEvent], JudgeResult]:
-    events = []
-    while True:
-        try:
-            events.append(next(work))
-        except StopIteration as stopped:
-            return events, stopped.value
+    steps = Steps(work)
+    return list(steps), steps.result
 
 
 def replying(monkeypatch: pytest.MonkeyPatch, judge: Path, reply: Callable[[str, str], str]) -> list[str]:

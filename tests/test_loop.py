@@ -24,6 +24,7 @@ from localdpo.errors import DivergedError, EnvironmentFault, InputError
 from localdpo.model.load import load_model
 from localdpo.model.lora import load_adapter
 from localdpo.recipe import dump_recipe
+from localdpo.steps import result_of
 from localdpo.train import session
 from localdpo.train.checkpoint import list_checkpoints
 from localdpo.train.events import (
@@ -111,19 +112,11 @@ def test_published_adapter_is_the_model_that_was_evaluated(root):
     events = collect(recipe)
     loaded = load_model(recipe.model)
     load_adapter(recipe.output_dir / "adapter", loaded)
-    setup = _drain(session.set_up(recipe, read_inputs(recipe)))
+    setup = result_of(session.set_up(recipe, read_inputs(recipe)))
     logps = PairScorer(loaded.model).logps(setup.held_out)
     best = [event for event in of(events, EvalEvent) if event.best][-1]
     assert float(logps.chosen.mean()) == pytest.approx(best.metrics["eval_logps/chosen"], abs=1e-4)
     assert of(events, EndEvent)[0].adapter_step == best.step
-
-
-def _drain(work):
-    while True:
-        try:
-            next(work)
-        except StopIteration as finished:
-            return finished.value
 
 
 def test_equal_runs_are_equal_to_the_bit(root):

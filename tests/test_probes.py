@@ -15,6 +15,7 @@ from localdpo.evaluate.figures import ProbeFigures, says
 from localdpo.evaluate.heldout import evaluate_run
 from localdpo.evaluate.probes import PROBE_TOKENS, closing, glimpse, probe, rejected_terms, sample
 from localdpo.model.load import load_model
+from localdpo.steps import Steps
 from localdpo.train.events import EvalEvent, ProgressEvent, SampleEvent, StartEvent
 from localdpo.train.run import Control, RunFolder
 
@@ -183,17 +184,10 @@ def test_a_stop_during_the_probes_ends_a_finished_run(root, tmp_path):
 
 def test_probes_can_be_asked_of_any_model(root, trained):
     loaded = load_model(str(root / "model"))
-    work = probe(loaded, [PromptRow(({"role": "user", "content": "your name?"},))], max_tokens=4)
-    events = []
-    while True:
-        try:
-            events.append(next(work))
-        except StopIteration as finished:
-            figures = finished.value
-            break
-    (only,) = of(events, SampleEvent)
+    steps = Steps(probe(loaded, [PromptRow(({"role": "user", "content": "your name?"},))], max_tokens=4))
+    (only,) = of(list(steps), SampleEvent)
     assert only.base == only.tuned  # no adapter is on
-    assert figures.groups["probes"].judged == 0
+    assert steps.result.groups["probes"].judged == 0
 
 
 def test_a_finished_run_is_scored_as_it_was_in_training(trained):

@@ -14,6 +14,7 @@ from localdpo.data.pairs import PreferencePair, PromptRow, read_pairs
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import load_model
 from localdpo.model.lora import LoraSettings, attach_lora
+from localdpo.steps import Steps
 from localdpo.train import retain
 from localdpo.train.events import StartEvent, StepEvent, WarningEvent
 from localdpo.train.retain import (
@@ -39,12 +40,9 @@ def loaded(root):
 
 
 def _finish(work):
-    counts = []
-    while True:
-        try:
-            counts.append(next(work))
-        except StopIteration as finished:
-            return finished.value, counts
+    steps = Steps(work)
+    counts = list(steps)
+    return steps.result, counts
 
 
 def _prompts(loaded, number):

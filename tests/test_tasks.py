@@ -23,6 +23,7 @@ from localdpo.evaluate.tasks import TaskResult, run_tasks, spoken_choice
 from localdpo.evaluate.text_metrics import classification_scores, exact_match, rouge, token_f1
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
+from localdpo.steps import Steps
 from localdpo.train.events import ProgressEvent
 
 CHOICES = ["my name", "the quick brown fox", "hello there you"]
@@ -38,12 +39,8 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 def finish(work: Generator[ProgressEvent, None, list[Any]]) -> tuple[list[ProgressEvent], list[Any]]:
-    events = []
-    while True:
-        try:
-            events.append(next(work))
-        except StopIteration as stopped:
-            return events, stopped.value
+    steps = Steps(work)
+    return list(steps), steps.result
 
 
 def run(loaded: LoadedModel, *files: Path | str, **options: Any) -> list[TaskResult]:

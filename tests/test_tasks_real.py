@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,9 @@ from localdpo.evaluate.fairness import run_fairness
 from localdpo.evaluate.tasks import run_tasks
 from localdpo.model.load import load_model
 from localdpo.model.lora import LoraSettings, attach_lora
+from localdpo.steps import result_of
 
 pytestmark = pytest.mark.slow
-
-
-def finish(work: Generator[Any, None, list[Any]]) -> list[Any]:
-    while True:
-        try:
-            next(work)
-        except StopIteration as stopped:
-            return stopped.value
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,7 @@ def loaded(starter: Path) -> Any:
 
 def test_the_suite_tells_a_whole_model_from_a_broken_one(loaded):
     randomise_adapter(loaded.model, scale=0.2)  # noise far larger than any training leaves
-    facts, oneline, sentiment = finish(run_tasks(loaded, ["facts", "oneline", "sentiment"]))
+    facts, oneline, sentiment = result_of(run_tasks(loaded, ["facts", "oneline", "sentiment"]))
     assert 0.25 < facts.metrics["contains"].base.value < 0.8
     assert 0.6 < sentiment.metrics["accuracy"].base.value < 0.95
     assert 0.2 < oneline.metrics["rouge1"].base.value < 0.8
@@ -44,7 +36,7 @@ def test_the_suite_tells_a_whole_model_from_a_broken_one(loaded):
 
 def test_a_fresh_adapter_changes_no_gap(loaded):
     randomise_adapter(loaded.model, scale=0.0)
-    (found,) = finish(run_fairness(loaded, ["gender-en"], limit=2, max_tokens=8))
+    (found,) = result_of(run_fairness(loaded, ["gender-en"], limit=2, max_tokens=8))
     assert found.gap_logp.base.value > 0.01
     assert found.gap_logp.tuned.value == pytest.approx(found.gap_logp.base.value, abs=1e-4)
     assert all(row["base"] == row["tuned"] for row in found.examples)

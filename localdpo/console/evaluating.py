@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from localdpo.console.fetch import fetch
 from localdpo.console.terminal import columns, is_live, say, width
+from localdpo.steps import Steps
 from localdpo.text import sanitise
 
 if TYPE_CHECKING:
@@ -92,12 +93,7 @@ def _watched(work: Generator[Event, None, _Result], quiet: bool) -> _Result:
 
     live, before = is_live(sys.stderr), ""
     try:
-        while True:
-            try:
-                event = next(work)
-            except StopIteration as finished:
-                found: _Result = finished.value
-                return found
+        for event in (steps := Steps(work)):
             if quiet or not isinstance(event, ProgressEvent):
                 continue
             text = _stage(event.stage, event.detail)
@@ -107,6 +103,7 @@ def _watched(work: Generator[Event, None, _Result], quiet: bool) -> _Result:
             elif text != before:
                 before = text
                 say(text, file=sys.stderr, flush=True)
+        return steps.result
     finally:
         work.close()
         if live and not quiet:

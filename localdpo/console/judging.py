@@ -19,6 +19,7 @@ from localdpo.evaluate.blind import BlindTest, Choice, Comparison, Shown
 from localdpo.evaluate.contest import ANSWER_TOKENS, Contest, held_out_prompts, journal_of, open_test, settle, undo
 from localdpo.evaluate.wording import prompt_text
 from localdpo.recipe import Recipe, load_recipe
+from localdpo.steps import result_of
 from localdpo.train.run import RunFolder
 
 if TYPE_CHECKING:
@@ -156,13 +157,7 @@ class _Answers:
         adapter = RunFolder(folder).adapter if folder is not None else None
         speaker = models.speaker(Source(recipe.model, adapter, recipe.quantize, recipe.train.memory))
         options, requests = SamplingOptions(max_tokens=ANSWER_TOKENS), [Request(prompt) for prompt in prompts]
-        work = answer_all(speaker, requests, options, 0, CandidateJournal(None))
-        while True:
-            try:
-                next(work)
-            except StopIteration as finished:
-                answers: list[Answered] = finished.value
-                return answers
+        return result_of(answer_all(speaker, requests, options, 0, CandidateJournal(None)))
 
     def close(self) -> None:
         """Let go of the model."""

@@ -16,6 +16,7 @@ from localdpo.console.terminal import is_live, say
 from localdpo.data.output import STDOUT, open_output, refuse_existing
 from localdpo.data.pairs import pair_to_json, read_prompts
 from localdpo.errors import InputError, Problem
+from localdpo.steps import mapped, result_of
 from localdpo.text import sanitise
 
 if TYPE_CHECKING:
@@ -164,13 +165,7 @@ def run_generate(
         print(sanitise(f"{answers}: {known:,} answers are there already"), file=sys.stderr)
     try:
         with shown_progress(json_lines) as show:
-            work = generate_pairs(rows, settings, journal)
-            while True:
-                try:
-                    show(next(work))
-                except StopIteration as finished:
-                    made: Generated = finished.value
-                    break
+            made = result_of(mapped(generate_pairs(rows, settings, journal), show))
     except KeyboardInterrupt:
         print(sanitise(f"{len(journal):,} answers are kept in {answers}: the same command goes on"), file=sys.stderr)
         raise

@@ -16,6 +16,7 @@ import numpy as np
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.losses import PairLogps
+from localdpo.steps import result_of
 
 _BLOCK = 4096  # pairs looked at together: those with equal prompts are found among them, and memory holds no more
 _CHUNK = 32  # pairs between two commits: what an interruption can cost
@@ -41,13 +42,7 @@ class ReferenceCache:
 
     def get(self, scorer: ScoresReference, pairs: Sequence[EncodedPair]) -> PairLogps:
         """Reference log-probs of ``pairs``, in their order; what is missing is computed and stored."""
-        work = self.fill(scorer, pairs)
-        while True:
-            try:
-                next(work)
-            except StopIteration as finished:
-                logps: PairLogps = finished.value
-                return logps
+        return result_of(self.fill(scorer, pairs))
 
     def fill(
         self, scorer: ScoresReference, pairs: Sequence[EncodedPair]

@@ -23,6 +23,7 @@ from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import adapter_weights
 from localdpo.paths import cache_dir
+from localdpo.steps import mapped
 from localdpo.train.events import ProgressEvent
 from localdpo.train.retain import CHUNK, base_answers
 
@@ -124,14 +125,10 @@ def both_answers(
     """Greedy answers of at most ``max_tokens`` to prompts of token ids, by the base and by the model as it stands."""
     tuned_too = bool(adapter_weights(loaded.model))
     wanted = len(prompts) * (1 + tuned_too)
-    work = base_answers(loaded, prompts, max_tokens, cache_dir() / "answers")
-    while True:
-        try:
-            done, _ = next(work)
-        except StopIteration as finished:
-            base: list[str] = finished.value
-            break
-        yield progress(stage, f"{name}: the base answers", done, wanted)
+    base = yield from mapped(
+        base_answers(loaded, prompts, max_tokens, cache_dir() / "answers"),
+        lambda counts: progress(stage, f"{name}: the base answers", counts[0], wanted),
+    )
     if not tuned_too:
         return base, list(base)
     tuned = yield from answers_now(
@@ -172,14 +169,10 @@ def both_logps(
     tuned_too = bool(adapter_weights(loaded.model))
     wanted = len(pairs) * (1 + tuned_too)
     cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
-    work = cache.fill(scorer, pairs)
-    while True:
-        try:
-            done, missing = next(work)
-        except StopIteration as finished:
-            base: PairLogps = finished.value
-            break
-        yield progress(stage, f"{name}: the base scores", len(pairs) - missing + done, wanted)
+    base = yield from mapped(
+        cache.fill(scorer, pairs),
+        lambda counts: progress(stage, f"{name}: the base scores", len(pairs) - counts[1] + counts[0], wanted),
+    )
     if not tuned_too:
         return _by_question(questions, base), _by_question(questions, base)
     # Equal prompts stay side by side, and are run once.

@@ -29,6 +29,7 @@ from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import load_adapter
 from localdpo.paths import cache_dir
 from localdpo.recipe import Recipe, load_recipe
+from localdpo.steps import result_of
 from localdpo.train.inputs import read_inputs
 from localdpo.train.monitor import held_out_metrics
 from localdpo.train.run import RunFolder
@@ -91,13 +92,8 @@ def evaluate_run(folder: str | Path, pairs_file: str | Path | None = None) -> He
     pairs = held_out_pairs(run, recipe, pairs_file)
     loaded = load_model(recipe.model, quantize=recipe.quantize, memory=recipe.train.memory)
     load_adapter(run.adapter, loaded)
-    work = score_pairs(loaded, PairScorer(loaded.model), recipe, pairs)
-    while True:
-        try:
-            next(work)
-        except StopIteration as finished:
-            scores: PairScores = finished.value
-            return HeldOut(scores.metrics, len(scores.pairs), tuple(scores.skipped), scores)
+    scores = result_of(score_pairs(loaded, PairScorer(loaded.model), recipe, pairs))
+    return HeldOut(scores.metrics, len(scores.pairs), tuple(scores.skipped), scores)
 
 
 def recipe_of(run: RunFolder) -> Recipe:

@@ -27,6 +27,7 @@ from localdpo.evaluate.suitefile import sample_rows
 from localdpo.files import environment_faults, sha256_file
 from localdpo.model.lora import WEIGHTS_FILE
 from localdpo.model.sampling import SamplingOptions
+from localdpo.steps import Steps
 from localdpo.train.events import ProgressEvent
 from localdpo.train.run import RunFolder
 
@@ -236,13 +237,10 @@ def _asked(
     work = answer_all(
         models.speaker(source), requests, SamplingOptions(max_tokens=max_tokens), 0, CandidateJournal.open(journal)
     )
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as finished:
-            answers: list[Answered] = finished.value
-            return answers
+    steps = Steps(work)
+    for done, total in steps:
         yield ProgressEvent(stage=STAGE, detail=detail, done=done, total=total, fraction=done / total if total else 1)
+    return steps.result
 
 
 def _side(run: RunFolder) -> Side:

@@ -16,6 +16,7 @@ from localdpo.evaluate.figures import ProbeFigures, says
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
+from localdpo.steps import mapped
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
 from localdpo.train.retain import RETAIN_TOKENS, base_answers, encode_prompts, messages_of
 from localdpo.train.session import Session, staged
@@ -67,16 +68,11 @@ def probe(
     Rows that the template refuses are left out.
     """
     kept, prompts, _ = encode_prompts(rows, loaded, max_length)
-    base: list[str] = []
     wanted = 2 * len(prompts)
-    work = base_answers(loaded, prompts, max_tokens, cache_dir() / "answers")
-    while True:
-        try:
-            done, _ = next(work)
-        except StopIteration as finished:
-            base = finished.value
-            break
-        yield _progress(step, done, wanted, "the base answers")
+    base = yield from mapped(
+        base_answers(loaded, prompts, max_tokens, cache_dir() / "answers"),
+        lambda counts: _progress(step, counts[0], wanted, "the base answers"),
+    )
     tuned = yield from answers_now(
         loaded,
         prompts,

@@ -23,6 +23,7 @@ from localdpo.evaluate.generate.speakers import Models, Source
 from localdpo.evaluate.generate.work import ByEdits, Generated, GenerateSettings, generate_pairs
 from localdpo.files import atomic_write, environment_faults, write_json
 from localdpo.recipe import Recipe, dump_recipe
+from localdpo.steps import Steps
 from localdpo.train.events import EndEvent, Event, WarningEvent
 from localdpo.train.loop import train
 from localdpo.train.run import Control, RunFolder
@@ -202,17 +203,14 @@ def _generate(
     models = Models()
     work = generate_pairs(prompts, settings, CandidateJournal.open(folder / ANSWERS), models)
     try:
-        while True:
-            try:
-                yield next(work)
-            except StopIteration as finished:
-                made: Generated = finished.value
-                break
+        for event in (steps := Steps(work)):
+            yield event
             if control.request == "stop":
                 work.close()
                 return None
     finally:
         models.close()  # training loads its own
+    made = steps.result
     if not made.pairs:
         reasons = [Problem("", sentence) for sentence in made.left_out.sentences()[:5]]
         ties = f", {len(made.ties):,} ties" if made.ties else ""

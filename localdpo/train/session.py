@@ -27,6 +27,7 @@ from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraInfo, LoraSettings, attach_lora, load_adapter, lora_scale
 from localdpo.paths import cache_dir
 from localdpo.recipe import Recipe
+from localdpo.steps import Steps, result_of
 from localdpo.train.alarms import Alarms
 from localdpo.train.checkpoint import Checkpoint, TrainState, load_latest, restore_rng, rng_state
 from localdpo.train.events import Event, ProgressEvent, StartEvent, WarningEvent
@@ -52,14 +53,11 @@ Stage = Generator[Event, None, T]
 
 def staged(stage: str, work: Generator[tuple[int, int], None, T], step: int = 0) -> Stage[T]:
     """Turn (done, total) counts into progress events of ``stage``; returns what ``work`` returns."""
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as finished:
-            result: T = finished.value
-            return result
+    steps = Steps(work)
+    for done, total in steps:
         fraction = done / total if total else 1.0
         yield ProgressEvent(step=step, stage=stage, done=done, total=total, fraction=fraction)
+    return steps.result
 
 
 @dataclass
@@ -116,16 +114,13 @@ def watched(session: Session, work: Stage[T]) -> Stage[T]:
 
     An alarm about sample answers comes before the event that shows that they are complete.
     """
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as finished:
-            result: T = finished.value
-            return result
+    steps = Steps(work)
+    for event in steps:
         yield from session.alarms.settle(event)
         yield event
         session.epoch_loss.see(event)
         yield from session.alarms.see(event)
+    return steps.result
 
 
 def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
@@ -162,13 +157,7 @@ def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
 
 def preflight(recipe: Recipe, inputs: Inputs) -> Plan:
     """What ``train(recipe)`` would do. Loads the model, writes no run folder. Raises like :func:`set_up`."""
-    work = set_up(recipe, inputs)
-    while True:
-        try:
-            next(work)
-        except StopIteration as finished:
-            setup: Setup = finished.value
-            return setup.plan
+    return result_of(set_up(recipe, inputs)).plan
 
 
 def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:

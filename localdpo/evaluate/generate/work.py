@@ -33,6 +33,7 @@ from localdpo.data.rewards import RewardSum
 from localdpo.errors import InputError, Problem
 from localdpo.evaluate.generate.speakers import Answered, Models, Source, answer_all
 from localdpo.model.sampling import SamplingOptions
+from localdpo.steps import mapped
 from localdpo.train.events import ProgressEvent
 
 __all__ = [
@@ -186,13 +187,7 @@ def _asked(
 ) -> Generator[ProgressEvent, None, list[Answered]]:
     yield _progress("load", source.name, 0, 1)
     work = answer_all(models.speaker(source), requests, sampling, seed, journal)
-    while True:
-        try:
-            done, total = next(work)
-        except StopIteration as finished:
-            answers: list[Answered] = finished.value
-            return answers
-        yield _progress(stage, source.name, done, total)
+    return (yield from mapped(work, lambda counts: _progress(stage, source.name, *counts)))
 
 
 def _candidates(
