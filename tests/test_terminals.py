@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tmux
 from hostile import CORPUS, HOSTILE
+from localdpo_tui.services.chats import ChatHistory
+from localdpo_tui.services.conversation import Chat, Reply, Turn
 from tiny import tiny_model
+from tmux import needs_tmux
 from training import write_rows
 from vt import Screen, Terminal, environment_of, localdpo_in_terminal
 
@@ -206,6 +210,8 @@ def hostile_workspace(tmp_path: Path) -> Path:
     ]
     for file in ("metrics.jsonl", "samples.jsonl"):
         write_rows(run / file, [{"time": 1.0, **event} for event in events])
+    chat = Chat(model=HOSTILE, run=f"runs/{name}", system=HOSTILE, turns=[Turn(HOSTILE, {"base": Reply(HOSTILE)})])
+    ChatHistory(tmp_path).save(chat)
     return tmp_path
 
 
@@ -253,6 +259,50 @@ def test_the_terminal_ui_shows_hostile_texts_and_names_inert(ui: Terminal):
     walk.press("\x1bOR", "Recipe: recipes/", "␛")  # F3, train
     walk.press("\x1bOS", "Message")  # F4, chat
     assert_only_textual(walk.quit())
+
+
+@needs_tmux
+def test_the_dialogs_of_the_ui_show_hostile_texts_and_names_inert(hostile_workspace: Path, tmp_path: Path):
+    record, (pairs,) = tmp_path / "record", (hostile_workspace / "pairs").iterdir()
+    terminal = tmux.Terminal(hostile_workspace, tmp_path / "config")
+
+    def look(key: str, title: str, *seen: str) -> None:
+        """Open a dialog and close it again."""
+        terminal.press(key)
+        terminal.sees(title, *seen)
+        terminal.press("Escape")
+        terminal.sees_no(title)
+
+    try:
+        terminal.open(record=record)
+        terminal.sees("␛", "Quit")
+        look("o", "Open a file of pairs", "␛")
+        look("i", "Import pairs from a file")
+        look("C-g", "Candidates", "␛")
+        look("F1", "The pairs of the open file")
+        look("C-p", "Search for commands")
+        look("v", "as one text", "␛")
+        # A pair that is changed here and elsewhere is asked about, with its texts.
+        terminal.press("x")
+        terminal.sees("not saved")
+        pairs.write_bytes(pairs.read_bytes().replace(b'"rejected": "', b'"rejected": "elsewhere ', 1))
+        terminal.sees("Which do you keep?", "␛")
+        terminal.press("b")
+        terminal.sees_no("Which do you keep?")
+        terminal.press("F3")
+        terminal.sees("Recipe: recipes/")
+        look("o", "Open a recipe", "␛")
+        terminal.press("F4")
+        terminal.sees("Message")
+        look("C-l", "words that were said", "␛")
+        look("C-g", "Use these", "␛")
+        terminal.press("C-q")
+        terminal.sees("Quit now?", "␛")
+        terminal.press("Right", "Enter")
+        tmux.until(lambda: not terminal.screen(), terminal.screen)
+    finally:
+        terminal.close()
+    assert_only_textual(Screen.of(record.read_bytes()))
 
 
 def test_a_terminal_too_small_for_the_ui_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch):

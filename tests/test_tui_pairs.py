@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,18 @@ async def test_hostile_text_is_shown_inert_and_saved_as_it_was(folder: Path):
         await until(pilot, lambda: (folder / "pairs" / "p.jsonl").read_bytes() != before, "the save")
     (row,) = rows(folder)
     assert row == {"prompt": hostile, "chosen": hostile + "cZ", "rejected": hostile, "tags": [hostile]}
+
+
+async def test_an_early_key_does_not_leave_the_first_file_half_open(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    may, opening = threading.Event(), PairStore.open
+    monkeypatch.setattr(PairStore, "open", lambda *args, **options: may.wait() and opening(*args, **options))
+    async with started(folder) as (app, pilot):
+        await seen(pilot, "p.jsonl")  # what the file begins with is shown before it is open
+        await pilot.press("o")
+        await seen(pilot, "Open a file of pairs")
+        may.set()
+        await pilot.press("escape")
+        await opened(app, pilot)
 
 
 async def test_drafts_of_a_session_that_died_are_found_and_told(folder: Path):

@@ -66,7 +66,8 @@ class PairTools(PairCounts):
 
     def action_open(self) -> None:
         """Choose a file of the workspace, or name one."""
-        self.spawn(self._choose_file, group="file", exclusive=True)
+        # Not in the group that opens files: a key that comes early must not leave the first file half opened.
+        self.spawn(self._choose_file, group="choose", exclusive=True)
 
     async def _choose_file(self) -> None:
         from localdpo_tui.screens.file_dialog import FileDialog
