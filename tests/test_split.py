@@ -8,11 +8,19 @@ from hypothesis import strategies as st
 
 from localdpo.data.fields import Message
 from localdpo.data.pairs import PreferencePair, PromptRow, prompt_key
-from localdpo.data.split import overlap, split_by_prompt
+from localdpo.data.split import held_out_rows, overlap
 
 
 def pair(prompt: str, number: int = 0) -> PreferencePair:
     return PreferencePair((Message(role="user", content=prompt),), f"c{number}", "r")
+
+
+def split_by_prompt(
+    pairs: list[PreferencePair], fraction: float, seed: int
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """(train, held out)"""
+    held = held_out_rows((prompt_key(one.prompt) for one in pairs), fraction, seed)
+    return [one for row, one in enumerate(pairs) if row not in held], [pairs[row] for row in held]
 
 
 @given(st.lists(st.integers(0, 12), max_size=40), st.floats(0, 0.5), st.integers(0, 5))

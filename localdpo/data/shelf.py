@@ -54,11 +54,11 @@ class _File:
 class Shelf(Sequence[T], Generic[T]):
     """Items of one kind in order, each made anew from its bytes when it is asked for. One thread at a time."""
 
-    def __init__(self, dump: Callable[[T], bytes], load: Callable[[bytes], T]) -> None:
-        """`load` makes an equal item of what `dump` made of one."""
+    def __init__(self, dump: Callable[[T], bytes], load: Callable[[bytes], T], file: _File | None = None) -> None:
+        """`load` makes an equal item of what `dump` made of one; `file` is that of a shelf with the same items."""
         self._dump, self._load = dump, load
-        self._file = _File()
-        self._starts, self._sizes = array("q"), array("l")
+        self._file = file or _File()
+        self._starts, self._sizes = array("q"), array("I")
 
     def append(self, item: T) -> None:
         """Put an item at the end. Raises `EnvironmentFault` when the disk is full."""
@@ -73,9 +73,7 @@ class Shelf(Sequence[T], Generic[T]):
 
     def pick(self, rows: Iterable[int]) -> Shelf[T]:
         """A shelf of the items at `rows`, in that order; what is put on either later is not on the other."""
-        picked = Shelf.__new__(Shelf)
-        picked._dump, picked._load, picked._file = self._dump, self._load, self._file
-        picked._starts, picked._sizes = array("q"), array("l")
+        picked = Shelf(self._dump, self._load, self._file)
         for row in rows:
             picked._starts.append(self._starts[row])
             picked._sizes.append(self._sizes[row])

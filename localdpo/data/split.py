@@ -13,19 +13,7 @@ import numpy as np
 
 from localdpo.data.pairs import PreferencePair, PromptRow, prompt_key
 
-__all__ = ["held_out_rows", "overlap", "split_by_prompt"]
-
-
-def split_by_prompt(
-    pairs: Sequence[PreferencePair], fraction: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Return (train, held out), both in the given order, with about `fraction` of the pairs held out.
-
-    See `held_out_rows` for which.
-    """
-    held = set(held_out_rows((prompt_key(pair.prompt) for pair in pairs), fraction, seed))
-    train = [pair for index, pair in enumerate(pairs) if index not in held]
-    return train, [pair for index, pair in enumerate(pairs) if index in held]
+__all__ = ["held_out_rows", "overlap"]
 
 
 def held_out_rows(keys: Iterable[bytes], fraction: float, seed: int) -> list[int]:
@@ -65,7 +53,9 @@ def overlap(
     train: Iterable[PreferencePair | PromptRow], held_out: Sequence[PreferencePair | PromptRow]
 ) -> list[PreferencePair | PromptRow]:
     """Return the held-out rows whose prompt is trained on as well."""
+    if not held_out:
+        return []
     keys = [prompt_key(row.prompt) for row in held_out]
-    asked = set(keys)
-    seen = {key for key in (prompt_key(row.prompt) for row in train) if key in asked} if asked else asked
+    # Of the prompts trained on, which may be very many, only those that are held out as well are remembered.
+    seen = set(keys).intersection(prompt_key(row.prompt) for row in train)
     return [row for key, row in zip(keys, held_out, strict=True) if key in seen]
