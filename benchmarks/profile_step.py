@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from localdpo.data.encode import encode_pairs
 from localdpo.data.pairs import read_pairs
-from localdpo.dpo.attention import PackedCache
+from localdpo.dpo.attention import LaneAttention, PackedCache
 from localdpo.dpo.forward import SharedForward
 from localdpo.dpo.losses import LossSettings
 from localdpo.dpo.packing import pack
@@ -97,7 +97,7 @@ def attend(batch, config):  # type: ignore[no-untyped-def]
     tokens = len(batch.tokens)
     queries = mx.ones((tokens, heads, 1, width))
     keys = mx.ones((tokens, kv, 1, width))
-    cache = PackedCache(batch, fused=False)
+    cache = PackedCache(LaneAttention(batch, fused=False))
     return [
         cache.attend(queries, *cache.update_and_fetch(keys, keys), width**-0.5, None)
         for _ in range(config["num_hidden_layers"])

@@ -14,7 +14,7 @@ from mlx_lm.generate import generate_step
 from oracles import pair, random_model, random_pairs
 
 from localdpo.dpo import attention
-from localdpo.dpo.attention import PackedCache, Window, install
+from localdpo.dpo.attention import LaneAttention, PackedCache, Window, install
 from localdpo.dpo.packing import PackedBatch, pack
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
@@ -53,15 +53,26 @@ both = pytest.mark.parametrize("fused", [False, True], ids=["ours", "mlx"])
 @both
 @pytest.mark.parametrize("cost", [1, 10**9], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 100])
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+@pytest.mark.parametrize("frugal", [False, True])
 def test_output_and_gradients_equal_masked_softmax(
-    monkeypatch: pytest.MonkeyPatch, fused: bool, cost: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch, fused: bool, cost: int, window: int | None, lanes: int, frugal: bool
 ) -> None:
     monkeypatch.setattr(attention, "CALL_COST", {"cpu": cost, "gpu": cost})
-    packed = batch()
-    assert (len(packed.blocks(cost // HEADS)) == 1) == (cost > 1)
+    packed = batch().in_lanes(lanes, 0.3)
+    assert len(packed.lanes) == lanes
+    assert (len(packed.blocks(cost // HEADS, packed.lanes[0])) == 1) == (cost > 1)
     queries, keys, values, into = inputs(len(packed.tokens))
-    cache = PackedCache(packed, fused=fused)
-    mask = cache.make_mask(1, window_size=window)
+
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        caches: list[PackedCache] = []
+        outs = []
+        for number, span in enumerate(packed.lanes):
+            own = slice(*span)
+            caches.append(PackedCache(LaneAttention(packed, fused=fused, frugal=frugal, lane=number), caches))
+            mask = caches[-1].make_mask(1, window_size=window)
+            outs.append(caches[-1].attend(q[own], k[own], v[own], SCALE, mask))
+        return mx.concatenate(outs)
 
     def total(attend: Callable[..., mx.array]) -> Callable[..., tuple[mx.array, mx.array]]:
         def run(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
@@ -70,7 +81,7 @@ def test_output_and_gradients_equal_masked_softmax(
 
         return run
 
-    ours = mx.value_and_grad(total(lambda q, k, v: cache.attend(q, k, v, SCALE, mask)), argnums=(0, 1, 2))
+    ours = mx.value_and_grad(total(attend), argnums=(0, 1, 2))
     visible = packed.attention_mask(window)
     oracle = mx.value_and_grad(total(lambda q, k, v: exact_attention(q, k, v, visible)), argnums=(0, 1, 2))
     (_, out), grads = ours(*(mx.array(x) for x in (queries, keys, values)))
@@ -86,7 +97,7 @@ def test_output_and_gradients_equal_masked_softmax(
 def test_an_extreme_score_does_not_overflow(fused: bool) -> None:
     packed = pack([pair([1, 2, 3], [4, 5], [6, 7])], min_shared=1)
     queries, keys, values, _ = inputs(len(packed.tokens))
-    out = PackedCache(packed, fused=fused).attend(
+    out = PackedCache(LaneAttention(packed, fused=fused)).attend(
         mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), SCALE, None
     )
     exact = exact_attention(mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), packed.attention_mask())
@@ -96,7 +107,7 @@ def test_an_extreme_score_does_not_overflow(fused: bool) -> None:
 @both
 def test_half_precision_comes_back_as_it_came(fused: bool) -> None:
     packed = batch()
-    cache = PackedCache(packed, fused=fused)
+    cache = PackedCache(LaneAttention(packed, fused=fused))
     half = [mx.array(x).astype(mx.bfloat16) for x in inputs(len(packed.tokens))[:3]]
     out = cache.attend(*half, SCALE, None)
     grads = mx.grad(lambda *x: mx.sum(cache.attend(*x, SCALE, None)), argnums=(0, 1, 2))(*half)
@@ -108,7 +119,7 @@ def test_half_precision_comes_back_as_it_came(fused: bool) -> None:
 
 def test_a_window_longer_than_every_sequence_is_no_mask() -> None:
     packed = batch()
-    cache = PackedCache(packed, fused=False)
+    cache = PackedCache(LaneAttention(packed, fused=False))
     deepest = int(packed.positions.max())
     assert cache.make_mask(1) is None
     assert cache.make_mask(1, window_size=deepest + 1) is None
@@ -165,6 +176,12 @@ def test_attention_sinks_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) 
     packed = pack([pair([1, 2], [3], [4])])
     queries = mx.zeros((len(packed.tokens), HEADS, 1, WIDTH))
     mlx_lm.models.llama.scaled_dot_product_attention(
-        queries, queries, queries, cache=PackedCache(packed, fused=False), scale=1.0, mask=None, sinks=mx.zeros(4)
+        queries,
+        queries,
+        queries,
+        cache=PackedCache(LaneAttention(packed, fused=False)),
+        scale=1.0,
+        mask=None,
+        sinks=mx.zeros(4),
     )
     assert len(seen) == 1

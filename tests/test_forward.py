@@ -19,6 +19,7 @@ from localdpo.dpo.anatomy import NotUnderstood
 from localdpo.dpo.forward import Forward, choose_forward, exact_logps
 from localdpo.dpo.packing import pack
 from localdpo.dpo.recompute import Checkpointed, InOrder
+from localdpo.model.device import lane_streams
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 
@@ -77,17 +78,19 @@ def assert_sums(ours: np.ndarray, exact: Any, tolerance: float = TOLERANCE) -> N
         assert np.max(np.abs(column - side) / tokens) < tolerance
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_equals_one_sequence_at_a_time(family: str) -> None:
+def test_every_family_equals_one_sequence_at_a_time(family: str, lanes: int) -> None:
     model, pairs = adapted_model(family), some_pairs()
     factors = np.random.default_rng(1).standard_normal((len(pairs), 2))
     exact = oracles.pair_logps(model, pairs)
     exact_grads = oracles.gradient(model, pairs, *factors.T)
 
-    forward, reason = choose_forward(model)
+    streams = lane_streams(lanes)
+    forward, reason = choose_forward(model, streams=streams)
     assert forward.path == PATHS[family]
     assert REASONS.get(family, "checked against the plain path") in reason
-    plain, _ = choose_forward(model, "plain")
+    plain, _ = choose_forward(model, "plain", streams)
     assert plain.path == "plain"
     for way in (forward, plain) if forward.path == "shared" else (plain,):
         assert_sums(sums(model, way, pairs), exact)
@@ -101,7 +104,7 @@ def test_every_family_equals_one_sequence_at_a_time(family: str) -> None:
 def test_the_gpu_form_of_attention_is_the_same(family: str) -> None:
     model, pairs = adapted_model(family), some_pairs()
     factors = np.random.default_rng(1).standard_normal((len(pairs), 2))
-    forward, _ = choose_forward(model, "shared")
+    forward, _ = choose_forward(model, "shared", lane_streams(2))
     forward._fused = True
     out, grads = with_gradient(model, forward, pairs, factors, checkpoint=True)
     assert_sums(out, oracles.pair_logps(model, pairs))

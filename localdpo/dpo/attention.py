@@ -6,13 +6,14 @@ left is attention itself: mlx-lm's models hand queries, keys, values and the cac
 ``scaled_dot_product_attention``, and :func:`install` makes that function ask the cache when it is ours.
 
 Keys and values of a shared prompt are traced inside the one forward pass, so gradients through them are exact,
-with gradient checkpointing too.
+with gradient checkpointing too. The rows may run in several lanes, each on a stream of its own: only attention looks
+across, at keys and values of earlier lanes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -39,25 +40,57 @@ class Window:
     size: int
 
 
-class PackedCache:
-    """Stands in for every layer's KV cache while a packed batch runs once."""
+class LaneAttention:
+    """What all layers have in common while one lane of a packed batch runs: who may look where, and in which calls."""
 
-    def __init__(self, batch: PackedBatch, *, fused: bool, frugal: bool = False) -> None:
+    def __init__(self, batch: PackedBatch, *, fused: bool, frugal: bool = False, lane: int = 0) -> None:
         """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU).
 
         Ours keeps its weights for the gradient, as many as there is context a token; ``frugal`` makes them again,
         as FlashAttention does (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
         """
         self.batch = batch
+        self.start, self.stop = batch.lanes[lane]
         self.fused = fused
         self.frugal = frugal
-        self.offset = mx.array(batch.positions)
+        self.offset = mx.array(batch.positions[self.start : self.stop])
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] | None = None
 
+    def blocks(self, heads: int) -> list[Segment]:
+        """The lane's tokens in the parts that an attention call takes, in order."""
+        if self._blocks is None:
+            cost = CALL_COST["gpu" if self.fused else "cpu"] // heads
+            self._blocks = self.batch.blocks(cost, (self.start, self.stop))
+        return self._blocks
+
+    def mask(self, block: Segment, window: int | None, form: Callable[[np.ndarray], np.ndarray]) -> mx.array:
+        """[n, context + n]: where the block's queries may look, as ``form`` puts it; made once for all layers."""
+        key = (block.start, window)
+        if key not in self._masks:
+            self._masks[key] = mx.array(form(self.batch.block_mask(block, window)))
+        return self._masks[key]
+
+
+class PackedCache:
+    """Stands in for one layer's KV cache while a lane of a packed batch runs once.
+
+    Tokens of a lane attend to earlier lanes' too. ``handed`` are those lanes' keys and values in this layer, and
+    :attr:`kept` is what this lane adds for later ones: whoever takes gradients through a layer has to take them
+    through both.
+    """
+
+    def __init__(self, lane: LaneAttention, earlier: Sequence[PackedCache] = ()) -> None:
+        """``earlier`` are the same layer's caches of the lanes before, whose pass has been traced."""
+        self.lane = lane
+        self.offset = lane.offset
+        self.handed = [array for cache in earlier for array in cache.kept]
+        self.kept: list[mx.array] = []
+        self._starts = [cache.lane.start for cache in earlier]
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window | None:
         """Mlx-lm's hook; causality is known from the segments, so only a window is worth passing on."""
-        deepest = int(self.batch.positions.max())
+        deepest = int(self.lane.batch.positions.max())
         return None if window_size is None or window_size > deepest else Window(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -67,41 +100,27 @@ class PackedCache:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Window | None
     ) -> mx.array:
-        """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] -> [T, H, 1, D]."""
-        window = mask.size if mask is not None else None
-        if self._blocks is None:
-            self._blocks = self.batch.blocks(CALL_COST["gpu" if self.fused else "cpu"] // queries.shape[1])
-        attend = self._attend_fused if self.fused else self._attend_in_float32
-        return attend(self._blocks, queries, keys, values, scale, window)
+        """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] of the lane's T tokens -> [T, H, 1, D]."""
+        attend = self._attend_fused if self.lane.fused else self._attend_in_float32
+        return attend(queries, keys, values, scale, mask.size if mask is not None else None)
 
     def _attend_fused(
-        self,
-        blocks: list[Segment],
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        window: int | None,
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
+        lane, blocks = self.lane, self.lane.blocks(queries.shape[1])
         queries, keys, values = (x.transpose(2, 1, 0, 3) for x in (queries, keys, values))
+        all_keys, all_values = self._keep(keys, values, blocks)
         parts = []
-        for block in blocks:
-            spans = _spans(block)
-            mask = self._mask(block, window, lambda allowed: allowed)
-            own = queries[:, :, block.start : block.stop]
+        for block, own in zip(blocks, _split(queries, [block.stop - lane.start for block in blocks]), strict=True):
+            mask = lane.mask(block, window, lambda allowed: allowed)
             attend = mx.fast.scaled_dot_product_attention
-            parts.append(attend(own, _take(keys, spans), _take(values, spans), scale=scale, mask=mask))
+            parts.append(attend(own, all_keys.take(block), all_values.take(block), scale=scale, mask=mask))
         return _joined(parts).transpose(2, 1, 0, 3)
 
     def _attend_in_float32(
-        self,
-        blocks: list[Segment],
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        window: int | None,
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
+        lane, blocks = self.lane, self.lane.blocks(queries.shape[1])
         size, heads, _, width = queries.shape
         kv_heads, dtype = keys.shape[1], queries.dtype
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
@@ -110,21 +129,45 @@ class PackedCache:
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
-        attend = _keeps_rows if self.frugal else _keeps_weights
+        all_keys, all_values = self._keep(keys, values, blocks)
+        attend = _keeps_rows if lane.frugal else _keeps_weights
         parts = []
-        for block in blocks:
-            spans = _spans(block)
-            mask = self._mask(block, window, _penalties)
-            own = queries[:, :, block.start : block.stop]
-            parts.append(attend(own, _take(keys, spans), _take(values, spans), mask)[0])
+        for block, own in zip(blocks, _split(queries, [block.stop - lane.start for block in blocks]), strict=True):
+            mask = lane.mask(block, window, _penalties)
+            parts.append(attend(own, all_keys.take(block), all_values.take(block), mask)[0])
         return _joined(parts).reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
-    def _mask(self, block: Segment, window: int | None, form: Callable[[np.ndarray], np.ndarray]) -> mx.array:
-        """[n, context + n]: where the block's queries may look, as ``form`` puts it; made once for all layers."""
-        key = (block.start, window)
-        if key not in self._masks:
-            self._masks[key] = mx.array(form(self.batch.block_mask(block, window)))
-        return self._masks[key]
+    def _keep(self, keys: mx.array, values: mx.array, blocks: list[Segment]) -> tuple[_Pieces, _Pieces]:
+        """Keep the lane's own for later lanes; all that the blocks look at, earlier lanes' included."""
+        self.kept = [keys, values]
+        starts = [*self._starts, self.lane.start]
+        bounds = sorted({place for block in blocks for span in _spans(block) for place in span})
+        all_keys, all_values = [*self.handed[0::2], keys], [*self.handed[1::2], values]
+        return _Pieces(starts, all_keys, bounds), _Pieces(starts, all_values, bounds)
+
+
+class _Pieces:
+    """Keys or values in pieces between bounds: the gradient of a piece is no larger than the piece."""
+
+    def __init__(self, starts: Sequence[int], arrays: Sequence[mx.array], bounds: Sequence[int]) -> None:
+        """``arrays`` [..., n, D] begin at the tokens ``starts`` and follow one another."""
+        self._at: list[tuple[int, mx.array]] = []
+        for start, array in zip(starts, arrays, strict=True):
+            stop = start + array.shape[-2]
+            inside = [bound for bound in bounds if start < bound < stop]
+            pieces = _split(array, [bound - start for bound in (*inside, stop)])
+            self._at += zip((start, *inside), pieces, strict=True)
+
+    def take(self, block: Segment) -> mx.array:
+        """Those of a block's context and its own."""
+        return _joined(
+            [piece for low, high in _spans(block) for start, piece in self._at if low <= start < high], axis=-2
+        )
+
+
+def _split(x: mx.array, stops: Sequence[int]) -> list[mx.array]:
+    """``x`` [..., n, D] in parts that end at ``stops``, the last of which is n."""
+    return [x] if len(stops) == 1 else list(mx.split(x, list(stops[:-1]), axis=-2))
 
 
 def _penalties(allowed: np.ndarray) -> np.ndarray:
@@ -132,21 +175,12 @@ def _penalties(allowed: np.ndarray) -> np.ndarray:
     return np.where(allowed, 0.0, _MASKED).astype(np.float32)
 
 
-def _joined(parts: list[mx.array]) -> mx.array:
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+def _joined(parts: list[mx.array], axis: int = 2) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
 
 
-def _spans(segment: Segment) -> tuple[tuple[int, int], ...]:
-    """Ancestors and the segment itself, adjacent ones joined."""
-    *before, last = (*segment.ancestors, (segment.start, segment.stop))
-    if before and before[-1][1] == last[0]:
-        return (*before[:-1], (before[-1][0], last[1]))
-    return (*before, last)
-
-
-def _take(x: mx.array, spans: tuple[tuple[int, int], ...]) -> mx.array:
-    parts = [x[..., start:stop, :] for start, stop in spans]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
+def _spans(block: Segment) -> tuple[tuple[int, int], ...]:
+    return (*block.ancestors, (block.start, block.stop))
 
 
 def _weights_forward(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:

@@ -8,10 +8,10 @@ Mode = Literal["cpu", "lean", "gpu"]
 """Where a model computes; "lean" is a CPU that holds the base as it is stored, to spare memory."""
 
 CPU_STREAMS = {"cpu": 2, "lean": 1, "gpu": 1}
-"""Micro-batches side by side. Measured: two streams with a single-threaded BLAS each beat one stream with two threads
+"""Streams over which a micro-batch is spread. Measured: two with a single-threaded BLAS each beat one with two threads
 (docs/decisions/0002)."""
 
-MICRO_BATCH_TOKENS = {"cpu": 768, "lean": 256, "gpu": 4096}
+MICRO_BATCH_TOKENS = {"cpu": 1536, "lean": 256, "gpu": 4096}
 """The longest micro-batch, but for a single pair that is longer."""
 
 CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
@@ -29,7 +29,7 @@ def mode_of(device: str, memory: str) -> Mode:
 
 def tokens_alive(mode: Mode, longest: int) -> int:
     """Tokens whose activations are there at once where there is no end of pairs with ``longest`` tokens."""
-    return CPU_STREAMS[mode] * longest * max(1, MICRO_BATCH_TOKENS[mode] // longest)
+    return longest * max(1, MICRO_BATCH_TOKENS[mode] // longest)
 
 
 def keeps_little(mode: Mode, trained: int, layers: int) -> bool:

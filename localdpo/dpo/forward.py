@@ -1,8 +1,9 @@
 """Log-probs of every prediction of a batch of pairs, by the fastest path that gives the model's own numbers.
 
 ``SharedForward`` runs a packed batch: each shared prefix once, no padding, logits in tiles. ``PlainForward`` runs
-every completion with its own prompt, right-padded, and is what any causal model can do. :func:`choose_forward`
-proves the first against the second on a small batch with the model at hand, and says which one it took and why.
+every completion with its own prompt, right-padded, and is what any causal model can do. Both spread their rows over
+the streams they are given, in lanes of about equal work. :func:`choose_forward` proves the first against the second
+on a small batch with the model at hand, and says which one it took and why.
 
 Neither knows anything about losses or references.
 """
@@ -10,7 +11,8 @@ Neither knows anything about losses or references.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -19,11 +21,12 @@ import numpy as np
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
-from localdpo.dpo.attention import PackedCache, install
+from localdpo.dpo.attention import LaneAttention, PackedCache, install
 from localdpo.dpo.packing import PackedBatch, pack, sequence_of
 from localdpo.dpo.recompute import StandIn, is_gated_mlp, keeping
 from localdpo.dpo.trunk import TrunkCache, gather, scatter
 from localdpo.model.device import on_cpu
+from localdpo.model.frozen import linear_dims
 
 Path = Literal["shared", "plain"]
 _MISFITS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
@@ -34,6 +37,7 @@ class Forward(Protocol):
     """Runs B pairs; returns their predictions' log-probs [N] and how the 2B completions are made of them."""
 
     path: Path
+    streams: list[mx.Stream]
 
     def run(
         self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
@@ -41,8 +45,8 @@ class Forward(Protocol):
         """Log-probs float32 [N]; membership float32 [2B, N], 1 where a prediction belongs; tokens run."""
         ...
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
-        """What :meth:`logits` takes, a row for each prediction [N, ...], and the membership of :meth:`run`."""
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
+        """What :meth:`logits` takes, a row for each prediction, on its stream; and the membership of :meth:`run`."""
         ...
 
     def logits(self, predictions: mx.array) -> mx.array:
@@ -67,15 +71,23 @@ class SharedForward:
 
     path: Path = "shared"
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, streams: list[mx.Stream]) -> None:
         self.anatomy = anatomy
+        self.streams = streams
         self.trunk: TrunkCache | None = None
         self.cut = 0
         self._frugal = False
         self._gated: set[int] = set()
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
+        self._prediction_cost = self._weigh_head()
         install(model, fast_activations=on_cpu())
+
+    def _weigh_head(self) -> float:
+        """What a prediction's logits cost, with 1 for what a token costs in the layers that are run: by the weights."""
+        modules = (module for layer in self.anatomy.layers[self.cut :] for module in layer.modules())
+        sizes = [prod(linear_dims(module)) for module in modules if "weight" in module and module.weight.ndim > 1]
+        return self.anatomy.head.width * self.anatomy.head.vocabulary / max(1, sum(sizes))
 
     def keep_little(self) -> None:
         """From now on keep less for the backward pass (``recompute.Frugal``), for some 8 % more time.
@@ -98,82 +110,116 @@ class SharedForward:
         except _MISFITS:  # layers that hand on more than hidden states
             worst = math.inf
         if worst <= _tolerance(self.anatomy):
+            self._prediction_cost = self._weigh_head()
             return True
         self.trunk, self.cut = None, 0
         return False
 
-    def prepare(self, groups: Sequence[Sequence[EncodedPair]], streams: Sequence[mx.Stream]) -> None:
+    def prepare(self, pairs: Sequence[EncodedPair]) -> None:
         """Have what enters layer ``cut`` at hand for :meth:`run`, until the next call.
 
-        What the trunk cache does not know is computed, a group on each stream, side by side, and kept there.
+        What the trunk cache does not know is computed, and kept there.
         """
         if self.trunk is None:
             return
-        self._at_hand = {
-            pair.key: state for pairs in groups for pair in pairs if (state := self.trunk.get(pair)) is not None
-        }
-        work = []
-        for stream, pairs in zip(streams, groups, strict=False):
-            missing = list({pair.key: pair for pair in pairs if pair.key not in self._at_hand}.values())
-            if missing:
-                with mx.stream(stream):
-                    work.append((missing, *self._below(missing)))
-        mx.eval([hidden for _, _, hidden in work])
-        for missing, batch, hidden in work:
-            found = scatter(batch, missing, np.array(hidden))
+        self._at_hand = {pair.key: state for pair in pairs if (state := self.trunk.get(pair)) is not None}
+        missing = list({pair.key: pair for pair in pairs if pair.key not in self._at_hand}.values())
+        if missing:
+            batch = pack(missing).in_lanes(len(self.streams), prediction_cost=0.0)
+            found = scatter(batch, missing, self._below(batch))
             self.trunk.put(missing, found)
             self._at_hand |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
 
-    def _below(self, pairs: Sequence[EncodedPair]) -> tuple[PackedBatch, mx.array]:
-        """Pairs as a batch, and what enters layer ``cut`` for it, float32 [T, D]."""
-        batch = pack(pairs)
+    def _below(self, batch: PackedBatch) -> np.ndarray:
+        """What enters layer ``cut``, float32 [T, D]."""
         layers = self.anatomy.layers
-        above = [Skipped(layer) for layer in layers[self.cut :]]
-        hidden = self._body(batch, [*layers[: self.cut], *above], final_norm=False)
-        return batch, hidden.astype(mx.float32)
+        skipped = [Skipped(layer) for layer in layers[self.cut :]]
+        lanes = self._bodies(batch, lambda *_: [*layers[: self.cut], *skipped], final_norm=False)
+        hidden = [states.astype(mx.float32) for states in lanes]
+        mx.eval(hidden)
+        return np.concatenate([np.array(states) for states in hidden])
 
     def states(self, pairs: Sequence[EncodedPair]) -> list[np.ndarray]:
         """What enters layer ``cut``, float32 [rows, D] for each pair."""
         if any(pair.key not in self._at_hand for pair in pairs):
-            self.prepare([pairs], [mx.default_stream(mx.default_device())])
+            self.prepare(pairs)
         return [self._at_hand[pair.key] for pair in pairs]
 
     def run(
         self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
-        batch = pack(pairs)
-        layers = self.anatomy.layers
-        stand_ins = keeping(layers, checkpoint=checkpoint, gated=self._gated) if grad else layers
-        hidden = self._body(batch, self._layers(batch, pairs, stand_ins))
-        logps = self.anatomy.head.logps(hidden[mx.array(batch.rows)], mx.array(batch.targets), grad=grad)
-        return logps, batch.membership(), len(batch.tokens)
+        batch = self._pack(pairs)
+        targets = mx.array(batch.targets)
+        logps = []
+        for stream, which, hidden in self._read(batch, pairs, grad=grad, checkpoint=checkpoint):
+            with mx.stream(stream):
+                logps.append(self.anatomy.head.logps(hidden, targets[which], grad=grad))
+        return mx.concatenate(logps), batch.membership(), len(batch.tokens)
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
         """See :class:`Forward`: hidden states."""
-        batch = pack(pairs)
-        hidden = self._body(batch, self._layers(batch, pairs, self.anatomy.layers))
-        return hidden[mx.array(batch.rows)].astype(mx.float32), batch.membership()
+        batch = self._pack(pairs)
+        found = [(stream, hidden.astype(mx.float32)) for stream, _, hidden in self._read(batch, pairs, grad=False)]
+        return found, batch.membership()
 
     def logits(self, predictions: mx.array) -> mx.array:
         """See :class:`Forward`."""
         return self.anatomy.head.logits(predictions)
 
-    def _body(self, batch: PackedBatch, layers: Sequence[Any], *, final_norm: bool = True) -> mx.array:
-        """The body's output [T, D], before its last norm where asked."""
-        cache = PackedCache(batch, fused=self._fused, frugal=self._frugal)
-        with self.anatomy.replaced_layers(layers, final_norm=final_norm):
-            out = self.anatomy.body(mx.array(batch.tokens)[:, None], cache=[cache] * len(layers))
-        hidden: mx.array = out[:, 0]
-        return hidden
+    def _pack(self, pairs: Sequence[EncodedPair]) -> PackedBatch:
+        return pack(pairs).in_lanes(len(self.streams), self._prediction_cost)
 
-    def _layers(self, batch: PackedBatch, pairs: Sequence[EncodedPair], layers: Sequence[Any]) -> list[Any]:
-        above = list(layers[self.cut :])
-        if not self.cut:
-            return above
-        states = mx.array(gather(batch, pairs, self.states(pairs)))[:, None]
-        below = self.anatomy.layers[: self.cut]
-        return [*(Skipped(layer) for layer in below[:-1]), Skipped(below[-1], states), *above]
+    def _read(
+        self, batch: PackedBatch, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
+    ) -> list[tuple[mx.Stream, slice, mx.array]]:
+        """Each lane's stream, which of the predictions are its own, and the hidden states [n, D] they read."""
+        layers, cut = self.anatomy.layers, self.cut
+        states = gather(batch, pairs, self.states(pairs)) if cut else None
+
+        def layers_of(lane: slice, caches: list[PackedCache]) -> list[Any]:
+            stand_ins = (
+                keeping(layers, checkpoint=checkpoint, gated=self._gated, caches=caches) if grad else list(layers)
+            )
+            if states is None:
+                return stand_ins
+            entering = Skipped(layers[cut - 1], mx.array(states[lane])[:, None])
+            return [*(Skipped(layer) for layer in layers[: cut - 1]), entering, *stand_ins[cut:]]
+
+        found = []
+        for lane, stream, hidden in zip(batch.lanes, self.streams, self._bodies(batch, layers_of), strict=False):
+            which = batch.predictions_in(lane)
+            if which.start < which.stop:
+                with mx.stream(stream):
+                    found.append((stream, which, hidden[mx.array(batch.rows[which] - lane[0])]))
+        return found
+
+    def _bodies(
+        self,
+        batch: PackedBatch,
+        layers_of: Callable[[slice, list[PackedCache]], Sequence[Any]],
+        *,
+        final_norm: bool = True,
+    ) -> list[mx.array]:
+        """The body's output [n, D] for the n tokens of each lane, on its stream; before its last norm where asked.
+
+        ``layers_of`` says which layers to run for a lane's tokens and with its caches.
+        """
+        hidden: list[mx.array] = []
+        traced: list[list[PackedCache]] = []
+        for number, (lane, stream) in enumerate(zip(batch.lanes, self.streams, strict=False)):
+            with mx.stream(stream):
+                common = LaneAttention(batch, fused=self._fused, frugal=self._frugal, lane=number)
+                caches = [
+                    PackedCache(common, [earlier[index] for earlier in traced])
+                    for index in range(len(self.anatomy.layers))
+                ]
+                tokens = slice(*lane)
+                with self.anatomy.replaced_layers(layers_of(tokens, caches), final_norm=final_norm):
+                    out = self.anatomy.body(mx.array(batch.tokens[tokens])[:, None], cache=caches)
+                hidden.append(out[:, 0])
+                traced.append(caches)
+        return hidden
 
 
 class PlainForward:
@@ -181,17 +227,22 @@ class PlainForward:
 
     path: Path = "plain"
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy | None) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy | None, streams: list[mx.Stream]) -> None:
         self.model = model
         self.anatomy = anatomy
+        self.streams = streams
 
     def run(
         self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
-        ids, rows, targets, membership = _padded(pairs)
-        logps = self._predict(mx.array(ids), mx.array(rows), mx.array(targets), grad, checkpoint)
-        return logps, membership, sum(pair.num_tokens + len(pair.prompt_ids) - 2 for pair in pairs)
+        lanes, membership = _padded(pairs, len(self.streams))
+        logps = []
+        for stream, (ids, rows, targets) in zip(self.streams, lanes, strict=False):
+            with mx.stream(stream):
+                logps.append(self._predict(mx.array(ids), mx.array(rows), mx.array(targets), grad, checkpoint))
+        tokens = sum(pair.num_tokens + len(pair.prompt_ids) - 2 for pair in pairs)
+        return mx.concatenate(logps), membership, tokens
 
     def _predict(self, ids: mx.array, rows: mx.array, targets: mx.array, grad: bool, checkpoint: bool) -> mx.array:
         if self.anatomy is None:
@@ -203,32 +254,51 @@ class PlainForward:
             hidden = self.anatomy.body(ids, cache=None)
         return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
+    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
         """See :class:`Forward`: hidden states, or the logits themselves of a model whose insides are not known."""
-        ids, rows, _, membership = _padded(pairs)
-        out = self.model(mx.array(ids)) if self.anatomy is None else self.anatomy.body(mx.array(ids), cache=None)
-        return out.reshape(-1, out.shape[-1])[mx.array(rows)].astype(mx.float32), membership
+        lanes, membership = _padded(pairs, len(self.streams))
+        found = []
+        for stream, (ids, rows, _) in zip(self.streams, lanes, strict=False):
+            with mx.stream(stream):
+                tokens = mx.array(ids)
+                out = self.model(tokens) if self.anatomy is None else self.anatomy.body(tokens, cache=None)
+                found.append((stream, out.reshape(-1, out.shape[-1])[mx.array(rows)].astype(mx.float32)))
+        return found, membership
 
     def logits(self, predictions: mx.array) -> mx.array:
         """See :class:`Forward`."""
         return predictions if self.anatomy is None else self.anatomy.head.logits(predictions)
 
 
-def _padded(pairs: Sequence[EncodedPair]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids [2B, width] right-padded; the flat rows that predict and their targets, int32 [N]; membership [2B, N]."""
-    sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
+_Padded = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids [n, width] right-padded; the flat rows that predict and their targets, int32 [N]."""
+
+
+def _padded(pairs: Sequence[EncodedPair], lanes: int) -> tuple[list[_Padded], np.ndarray]:
+    """The completions in at most ``lanes`` batches of about equal work, longest first; membership [2B, all N]."""
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    width = max(len(sequence) for sequence in sequences)
-    ids = np.stack([np.pad(sequence, (0, width - len(sequence))) for sequence in sequences])
-    rows, membership = [], np.zeros((len(sequences), sum(map(len, completions))), np.float32)
-    done = 0
-    for index, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
-        last = index * width + len(sequence)
-        rows.append(np.arange(last - len(completion), last))
-        membership[index, done : done + len(completion)] = 1.0
-        done += len(completion)
-    targets = np.concatenate(completions).astype(np.int32)
-    return ids.astype(np.int32), np.concatenate(rows).astype(np.int32), targets, membership
+    sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    done = np.cumsum([len(sequences[index]) for index in order])
+    # A completion goes to the lane in which its middle token lands.
+    middle = done - np.array([len(sequences[index]) for index in order]) / 2
+    membership = np.zeros((len(sequences), sum(map(len, completions))), np.float32)
+    batches, column = [], 0
+    for lane in range(lanes):
+        mine = [index for index, at in zip(order, middle * lanes // done[-1], strict=True) if at == lane]
+        if not mine:
+            continue
+        width = len(sequences[mine[0]])
+        ids = np.stack([np.pad(sequences[index], (0, width - len(sequences[index]))) for index in mine])
+        rows = []
+        for place, index in enumerate(mine):
+            last, size = place * width + len(sequences[index]), len(completions[index])
+            rows.append(np.arange(last - size, last))
+            membership[index, column : column + size] = 1.0
+            column += size
+        targets = np.concatenate([completions[index] for index in mine])
+        batches.append((ids.astype(np.int32), np.concatenate(rows).astype(np.int32), targets.astype(np.int32)))
+    return batches, membership
 
 
 def exact_logps(logits: mx.array, targets: mx.array) -> mx.array:
@@ -242,18 +312,26 @@ def exact_logps(logits: mx.array, targets: mx.array) -> mx.array:
     return picked - mx.log(mx.sum(mx.exp(shifted), axis=-1))
 
 
-def choose_forward(model: nn.Module, path: Literal["auto", "shared", "plain"] = "auto") -> tuple[Forward, str]:
-    """The forward to use and the reason in words. ``path`` forces one; forcing "shared" may raise NotUnderstood."""
+def choose_forward(
+    model: nn.Module,
+    path: Literal["auto", "shared", "plain"] = "auto",
+    streams: Sequence[mx.Stream] = (),
+) -> tuple[Forward, str]:
+    """The forward to use, over ``streams`` or the default one, and the reason in words.
+
+    ``path`` forces one; forcing "shared" may raise NotUnderstood.
+    """
+    lanes = list(streams) or [mx.default_stream(mx.default_device())]
     try:
         anatomy = examine(model)
     except NotUnderstood as error:
         if path == "shared":
             raise
-        return PlainForward(model, None), f"this model's insides are not known ({error})"
-    plain = PlainForward(model, anatomy)
+        return PlainForward(model, None, lanes), f"this model's insides are not known ({error})"
+    plain = PlainForward(model, anatomy, lanes)
     if path == "plain":
         return plain, "asked for"
-    shared = SharedForward(model, anatomy)
+    shared = SharedForward(model, anatomy, lanes)
     problem = _disagreement(shared, plain)
     if not problem:
         return shared, "each shared prompt is run once; checked against the plain path"

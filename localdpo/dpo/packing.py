@@ -9,9 +9,10 @@ This module is plain numpy: it knows neither models nor losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from math import sqrt
 
 import numpy as np
 
@@ -30,9 +31,20 @@ class Segment:
     ancestors: tuple[tuple[int, int], ...]
 
     @property
+    def size(self) -> int:
+        """Number of its own tokens."""
+        return self.stop - self.start
+
+    @property
     def context(self) -> int:
         """Number of ancestor tokens."""
         return sum(stop - start for start, stop in self.ancestors)
+
+    def cut(self, places: Sequence[int]) -> Iterator[Segment]:
+        """The segment in pieces, cut before those of the tokens ``places`` (ascending) that are inside it."""
+        bounds = [self.start, *(place for place in places if self.start < place < self.stop), self.stop]
+        for start, stop in pairwise(bounds):
+            yield Segment(start, stop, _with_span(self.ancestors, (self.start, start)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +55,8 @@ class PackedBatch:
     ``rows[n]`` and asks for ``targets[n]`` (both int32 [N]). ``members[2b]`` and ``members[2b+1]``
     hold the predictions (indices into N) of pair b's chosen and rejected completion.
     ``paths[2b]`` and ``paths[2b+1]`` say where each token of pair b's two sequences (:func:`sequence_of`) stands.
+    ``rows`` ascend. ``lanes`` are spans of tokens that run side by side; no segment lies in two of them, and a token
+    needs none of a later lane.
     """
 
     tokens: np.ndarray
@@ -52,6 +66,7 @@ class PackedBatch:
     targets: np.ndarray
     members: tuple[np.ndarray, ...]
     paths: tuple[np.ndarray, ...]
+    lanes: tuple[tuple[int, int], ...]
 
     @property
     def num_pairs(self) -> int:
@@ -66,49 +81,72 @@ class PackedBatch:
             matrix[completion, predictions] = 1.0
         return matrix
 
-    def blocks(self, call_cost: int) -> list[Segment]:
-        """Segments for attention: whole subtrees as one where that costs less than a call for each segment.
+    def in_lanes(self, count: int, prediction_cost: float) -> PackedBatch:
+        """The same batch in at most ``count`` lanes of about equal work.
 
-        Costs are counted in scores, queries times keys; ``call_cost`` is what a call costs beside its scores. A
-        subtree's tokens stand side by side, so a block has the form of a segment, but needs :meth:`block_mask`.
+        ``prediction_cost`` is what a prediction costs, with 1 for what a token costs.
         """
+        size = len(self.tokens)
+        costs = np.ones(size) + prediction_cost * np.bincount(self.rows, minlength=size)
+        done = np.cumsum(costs)
+        starts = np.array([segment.start for segment in self.segments])
+        places = []
+        for number in range(1, count):
+            place = int(np.searchsorted(done, done[-1] * number / count)) + 1
+            # A cut inside a segment makes two of it, so one between segments is as good a little further off.
+            nearest = int(starts[np.abs(starts - place).argmin()])
+            places.append(nearest if abs(nearest - place) <= size // 64 else place)
+        bounds = sorted({0, size, *(min(place, size) for place in places)})
+        segments = tuple(piece for segment in self.segments for piece in segment.cut(bounds))
+        return replace(self, segments=segments, lanes=tuple(pairwise(bounds)))
 
-        def merge(index: int) -> tuple[int, list[Segment], int]:
+    def predictions_in(self, lane: tuple[int, int]) -> slice:
+        """Which of the N predictions read a lane's tokens."""
+        start, stop = np.searchsorted(self.rows, lane)
+        return slice(int(start), int(stop))
+
+    def blocks(self, call_cost: int, lane: tuple[int, int] | None = None) -> list[Segment]:
+        """A lane's segments for attention, as few calls or as few scores as costs least: together they cover it.
+
+        Costs are counted in scores, queries times keys; ``call_cost`` is what a call costs beside its scores. Short
+        segments side by side become one block, which has the form of a segment, but needs :meth:`block_mask`. Half of
+        a long one's scores would be of later tokens, which it must not see: it becomes several.
+        """
+        first, last = lane or (0, len(self.tokens))
+        segments = [segment for segment in self.segments if first <= segment.start < last]
+
+        def merge(index: int) -> tuple[float, list[Segment], int]:
             """Cost and blocks of the subtree at ``index``, and the index after it."""
-            root = self.segments[index]
-            depth = root.context + root.stop - root.start
-            cost = call_cost + (root.stop - root.start) * depth
-            blocks, after = [root], index + 1
-            while after < len(self.segments) and self.segments[after].context >= depth:
+            root = segments[index]
+            depth = root.context + root.size
+            cost, blocks = _in_chunks(root, call_cost)
+            after = index + 1
+            while after < len(segments) and segments[after].context >= depth:
                 more, below, after = merge(after)
                 cost, blocks = cost + more, blocks + below
-            size = self.segments[after - 1].stop - root.start
-            whole = call_cost + size * (root.context + size)
-            if len(blocks) > 1 and whole < cost:
-                return whole, [Segment(root.start, root.start + size, root.ancestors)], after
-            return cost, blocks, after
+            return (*_joined(segments[index:after], cost, blocks, call_cost), after)
 
-        cost, index = 0, 0
+        cost, index = 0.0, 0
         blocks: list[Segment] = []
-        while index < len(self.segments):
+        while index < len(segments):
             more, below, index = merge(index)
             cost, blocks = cost + more, blocks + below
-        size = len(self.tokens)
-        return [Segment(0, size, ())] if len(blocks) > 1 and call_cost + size * size < cost else blocks
+        return _joined(segments, cost, blocks, call_cost)[1]
 
     def block_mask(self, block: Segment, window: int | None = None) -> np.ndarray:
-        """[n, context + n] bool for a block's n tokens: their ancestors first, then the block."""
+        """[n, context + n] bool for a block's n tokens: its ancestors first, then the block."""
         spans = [*block.ancestors, (block.start, block.stop)]
         columns = np.concatenate([np.arange(*span) for span in spans])
-        mask = np.zeros((block.stop - block.start, len(columns)), np.bool_)
+        mask = np.zeros((block.size, len(columns)), np.bool_)
         place = np.full(len(self.tokens), -1)
         place[columns] = np.arange(len(columns))
         for segment in self.segments:
-            if block.start <= segment.start < block.stop:
-                rows = slice(segment.start - block.start, segment.stop - block.start)
-                for start, stop in segment.ancestors:
-                    mask[rows, place[start:stop]] = True
-                mask[rows, place[segment.start : segment.stop]] = np.tri(segment.stop - segment.start, dtype=np.bool_)
+            start, stop = max(segment.start, block.start), min(segment.stop, block.stop)
+            if start < stop:
+                rows = slice(start - block.start, stop - block.start)
+                for before in _with_span(segment.ancestors, (segment.start, start)):
+                    mask[rows, place[slice(*before)]] = True
+                mask[rows, place[start:stop]] = np.tri(stop - start, dtype=np.bool_)
         if window is not None:
             positions = self.positions
             mask &= positions[block.start : block.stop, None] - positions[columns][None] < window
@@ -117,6 +155,43 @@ class PackedBatch:
     def attention_mask(self, window: int | None = None) -> np.ndarray:
         """[T, T] bool: True where the row's token may attend to the column's."""
         return self.block_mask(Segment(0, len(self.tokens), ()), window)
+
+
+def _with_span(spans: tuple[tuple[int, int], ...], span: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """``spans`` and one that follows them; adjacent ones read as one, and an empty one is none."""
+    start, stop = span
+    if start == stop:
+        return spans
+    if spans and spans[-1][1] == start:
+        return (*spans[:-1], (spans[-1][0], stop))
+    return (*spans, span)
+
+
+def _in_chunks(segment: Segment, call_cost: int) -> tuple[float, list[Segment]]:
+    """What attention over a segment costs, and the pieces in which it costs least.
+
+    n tokens in k pieces make n^2 (1 + 1/k) / 2 scores among themselves.
+    """
+    size = segment.size
+    count = max(1, min(size, round(size / sqrt(2 * max(1, call_cost)))))
+    pieces = list(segment.cut([segment.start + size * number // count for number in range(1, count)]))
+    return sum(call_cost + piece.size * (piece.context + piece.size) for piece in pieces), pieces
+
+
+def _joined(
+    segments: Sequence[Segment], cost: float, blocks: list[Segment], call_cost: int
+) -> tuple[float, list[Segment]]:
+    """The cost of segments side by side and their blocks: ``blocks``, or one of all where that costs less."""
+    if len(segments) < 2:
+        return cost, blocks
+    start, stop = segments[0].start, segments[-1].stop
+    context: tuple[tuple[int, int], ...] = ()
+    for low, high in sorted({span for segment in segments for span in segment.ancestors}):
+        low = max(low, context[-1][1] if context else 0)
+        context = _with_span(context, (low, max(low, min(high, start))))
+    whole = Segment(start, stop, context)
+    joint = call_cost + whole.size * (whole.context + whole.size)
+    return (joint, [whole]) if joint < cost else (cost, blocks)
 
 
 class _Tree:
@@ -167,9 +242,7 @@ class _Tree:
         self.segments.append(Segment(begin, self.size, ancestors))
         for member in members:
             self.where[member][start:stop] = np.arange(begin, self.size)
-        if ancestors and ancestors[-1][1] == begin:  # adjacent spans read as one
-            return (*ancestors[:-1], (ancestors[-1][0], self.size))
-        return (*ancestors, (begin, self.size))
+        return _with_span(ancestors, (begin, self.size))
 
 
 def _common_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -204,6 +277,7 @@ def pack(pairs: Sequence[EncodedPair], *, share: bool = True, min_shared: int = 
         targets,
         members,
         tuple(tree.where),
+        ((0, tree.size),),
     )
 
 
@@ -220,4 +294,6 @@ def _predictions(
             wanted = zip(rows.tolist(), completion.tolist(), strict=True)
             members.append(np.array([found.setdefault(key, len(found)) for key in wanted], np.int32))
     table = np.array(list(found), np.int32).reshape(-1, 2)
-    return table[:, 0].copy(), table[:, 1].copy(), tuple(members)
+    order = np.argsort(table[:, 0], kind="stable")
+    place = np.argsort(order)
+    return table[order, 0], table[order, 1], tuple(place[member].astype(np.int32) for member in members)

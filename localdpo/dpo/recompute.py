@@ -18,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from localdpo.dpo.autograd import with_vjp
+from localdpo.dpo.attention import PackedCache
+from localdpo.dpo.autograd import on_this_stream, with_vjp
 from localdpo.model.frozen import linear_dims
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -74,24 +75,34 @@ _gate = with_vjp(lambda *arrays: list(arrays), _gate_backward)
 class Checkpointed(StandIn):
     """Stands in for a layer and recomputes it in the backward pass instead of keeping its activations.
 
-    Whatever a gradient flows through is an argument of the checkpointed function: the layer's trainable arrays, and
-    what earlier layers hand over beside the hidden states (keys and values, in some architectures). Captured, it
-    would get none. Dropout draws the same mask both times.
+    Whatever a gradient flows through is an argument or a result of the checkpointed function: the layer's trainable
+    arrays, what earlier layers hand over beside the hidden states (keys and values, in some architectures), and what
+    passes between lanes through ``cache``. Captured, it would get none. Dropout draws the same mask both times.
     """
+
+    def __init__(self, layer: nn.Module, cache: PackedCache | None = None) -> None:
+        super().__init__(layer)
+        self._cache = cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
-        layer = self._layer
+        layer, cache = self._layer, self._cache
         outside = layer.trainable_parameters()
+        handed = cache.handed if cache is not None else []
         seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if _drops_out(layer) else None
 
-        def inner(parameters: Any, args: Any, kwargs: Any) -> Any:
+        def inner(parameters: Any, handed: list[mx.array], args: Any, kwargs: Any) -> Any:
             layer.update(parameters)
+            if cache is not None:
+                cache.handed = handed
             with _random_from(seed):
-                return layer(*args, **kwargs)
+                out = layer(*args, **kwargs)
+            return out, cache.kept if cache is not None else []
 
-        out = mx.checkpoint(inner)(outside, args, kwargs)
+        out, kept = mx.checkpoint(on_this_stream(inner))(outside, handed, args, kwargs)
         layer.update(outside)
+        if cache is not None:
+            cache.handed, cache.kept = handed, kept
         return out
 
 
@@ -128,15 +139,24 @@ class Frugal(StandIn):
             layer[_MLP] = mlp
 
 
-def keeping(layers: Sequence[nn.Module], *, checkpoint: bool, gated: Container[int] = ()) -> list[Any]:
-    """What stands for each layer while gradients are taken: checkpointed, or frugal where ``gated`` has its ``id``."""
+def keeping(
+    layers: Sequence[nn.Module],
+    *,
+    checkpoint: bool,
+    gated: Container[int] = (),
+    caches: Sequence[PackedCache] = (),
+) -> list[Any]:
+    """What stands for each layer while gradients are taken: checkpointed, or frugal where ``gated`` has its ``id``.
 
-    def stand_in(layer: nn.Module) -> Any:
+    ``caches`` are the layers' own, in their order; none on the plain path.
+    """
+
+    def stand_in(index: int, layer: nn.Module) -> Any:
         if checkpoint:
-            return Checkpointed(layer)
+            return Checkpointed(layer, caches[index] if caches else None)
         return Frugal(layer) if id(layer) in gated else layer
 
-    return [InOrder(layer, stand_in(layer)) for layer in layers]
+    return [InOrder(layer, stand_in(index, layer)) for index, layer in enumerate(layers)]
 
 
 def is_gated_mlp(layer: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """Scores pairs under a model: completion log-probs, the loss over an optimizer step, and its gradient.
 
 A window of pairs (one optimizer step, whatever its batch size and accumulation) is split into micro-batches by
-length and normalised as a whole, so the split never shows in the result. On a CPU two micro-batches run side by
-side, each on a stream of its own. It knows nothing about files, schedules or optimizers.
+length and normalised as a whole, so the split never shows in the result. On a CPU each micro-batch runs on several
+streams. It knows nothing about files, schedules or optimizers.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PairScorer:
         self.max_tokens = max_tokens or MICRO_BATCH_TOKENS[mode]
         self._streams = lane_streams(CPU_STREAMS[mode])
         with blas_threads_within(1), _evaluating(model):
-            self._forward, self.path_reason = choose_forward(model, path)
+            self._forward, self.path_reason = choose_forward(model, path, self._streams)
         if isinstance(self._forward, SharedForward):
             layers = self._forward.anatomy.layers
             if keeps_little(mode, sum(map(_trains, layers)), len(layers)):
@@ -149,7 +149,11 @@ class PairScorer:
         tuned, membership = self._forward.predictions(rows)
         with adapters_off(self.model):
             base, _ = self._forward.predictions(rows)
-        return token_kl(self._forward.logits, base, tuned), membership
+        parts = []
+        for (stream, p), (_, q) in zip(base, tuned, strict=True):
+            with mx.stream(stream):
+                parts.append(token_kl(self._forward.logits, p, q))
+        return mx.concatenate(parts), membership
 
     def _sums(
         self,
@@ -158,17 +162,12 @@ class PairScorer:
     ) -> np.ndarray:
         """What ``measure`` says of each prediction of some rows, and their membership, summed: float32 [B, 2]."""
         sums = np.zeros((len(pairs), 2), np.float32)
-        with blas_threads_within(1), _evaluating(self.model):
-            for round_ in self._rounds(pairs):
-                self._prepare(pairs, round_)
-                results = []
-                for stream, group in zip(self._streams, round_, strict=False):
-                    with mx.stream(stream):
-                        values, membership = measure([pairs[i] for i in group])
-                        results.append(mx.array(membership) @ values)
-                mx.eval(results)
-                for group, result in zip(round_, results, strict=True):
-                    sums[group] = np.array(result).reshape(-1, 2)
+        with blas_threads_within(1), _evaluating(self.model), mx.stream(self._streams[0]):
+            for group in split_by_tokens(pairs, self.max_tokens):
+                rows = [pairs[i] for i in group]
+                self._prepare(rows)
+                values, membership = measure(rows)
+                sums[group] = np.array(mx.array(membership) @ values).reshape(-1, 2)
         return sums
 
     def loss_and_grad(
@@ -190,21 +189,17 @@ class PairScorer:
         columns = np.zeros((len(window), 5), np.float32)
         loss, nll, tokens = 0.0, 0.0, 0
         grad: Gradients = {}
-        with blas_threads_within(1):
-            for round_ in self._rounds(window):
-                self._prepare(window, round_)
-                parts = []
-                for stream, group in zip(self._streams, round_, strict=False):
-                    with mx.stream(stream):
-                        rows = [window[i] for i in group]
-                        parts.append(self._group_grad(rows, reference.rows(group), settings, totals))
-                mx.eval([part.last for part in parts])
-                for group, part in zip(round_, parts, strict=True):
-                    loss += float(part.loss)
-                    nll += float(part.nll)
-                    columns[group] = np.array(part.columns)
-                    tokens += part.tokens
-                    grad = _add(grad, part.grad)
+        with blas_threads_within(1), mx.stream(self._streams[0]):
+            for group in split_by_tokens(window, self.max_tokens):
+                rows = [window[i] for i in group]
+                self._prepare(rows)
+                part = self._group_grad(rows, reference.rows(group), settings, totals)
+                mx.eval(part.last)
+                loss += float(part.loss)
+                nll += float(part.nll)
+                columns[group] = np.array(part.columns)
+                tokens += part.tokens
+                grad = _add(grad, part.grad)
                 mx.eval(grad)
         return StepResult(
             loss,
@@ -220,7 +215,7 @@ class PairScorer:
     def _group_grad(
         self, pairs: list[EncodedPair], reference: PairLogps, settings: LossSettings, totals: _Totals
     ) -> _Part:
-        """The group's share of the window, not evaluated yet."""
+        """The group's share of the window."""
         weights = mx.array(np.array([pair.weight for pair in pairs], np.float32))
         counts = _counts(pairs)
         tokens = 0
@@ -254,16 +249,9 @@ class PairScorer:
         grad, last = _in_order(grad, columns)
         return _Part(total, nll, columns, grad, last, tokens)
 
-    def _prepare(self, pairs: Sequence[EncodedPair], groups: list[list[int]]) -> None:
+    def _prepare(self, pairs: Sequence[EncodedPair]) -> None:
         if isinstance(self._forward, SharedForward):
-            self._forward.prepare([[pairs[i] for i in group] for group in groups], self._streams)
-
-    def _rounds(self, pairs: Sequence[EncodedPair]) -> Iterator[list[list[int]]]:
-        """Groups of row indices, one group a stream, longest rounds first."""
-        lanes = len(self._streams)
-        groups = split_by_tokens(pairs, self.max_tokens, lanes)
-        for start in range(0, len(groups), lanes):
-            yield groups[start : start + lanes]
+            self._forward.prepare(pairs)
 
 
 def _trains(layer: nn.Module) -> bool:
@@ -273,8 +261,8 @@ def _trains(layer: nn.Module) -> bool:
 def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:
     """``grad`` as a chain, top layer first, the order in which the backward pass finds it; and the chain's last link.
 
-    With hundreds of gradients as outputs MLX would finish one micro-batch before it began the next; with one output
-    each, their operations alternate and both streams stay busy (see also ``model/device.py``).
+    With hundreds of gradients as outputs MLX would finish one stream's work before it began another's; with one
+    output their operations alternate and all streams stay busy (see also ``model/device.py``).
     """
     chained, last = {}, first
     for name in reversed(grad):
@@ -282,8 +270,8 @@ def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:
     return {name: chained[name] for name in grad}, last
 
 
-def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int, lanes: int) -> list[list[int]]:
-    """Split rows into groups of about equal work, at most ``max_tokens`` each, a multiple of ``lanes`` where possible.
+def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[int]]:
+    """Split rows into groups of about equal work, at most ``max_tokens`` each but for a single longer row.
 
     Rows with equal prompts stay side by side, so that the prompt is shared. Groups come longest first.
     """
@@ -291,7 +279,6 @@ def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int, lanes: int) -
     costs = _costs(pairs, order)
     total = sum(costs)
     wanted = max(1, -(-total // max_tokens))
-    wanted = min(len(pairs), -(-wanted // lanes) * lanes)
     groups: list[list[int]] = []
     done, size = 0, 0
     for index, cost in zip(order, costs, strict=True):
