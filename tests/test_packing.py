@@ -240,17 +240,12 @@ def test_lanes_are_of_about_equal_work_and_need_no_later_one(rows: list[EncodedP
     assert batch.lanes[0][0] == 0
     assert batch.lanes[-1][1] == len(batch.tokens)
     assert all(before[1] == after[0] for before, after in pairwise(batch.lanes))
-    work = 1 + cost * np.bincount(batch.rows, minlength=len(batch.tokens))
-    for lane in batch.lanes:
-        assert work[slice(*lane)].sum() <= work.sum() / lanes + 2 * work.max()
-        inside = [segment for segment in batch.segments if lane[0] <= segment.start < lane[1]]
-        assert all(segment.stop <= lane[1] for segment in inside)
-        assert np.all(
-            (lane[0] <= batch.rows[batch.predictions_in(lane)]) & (batch.rows[batch.predictions_in(lane)] < lane[1])
-        )
-    assert sum(batch.predictions_in(lane).stop - batch.predictions_in(lane).start for lane in batch.lanes) == len(
-        batch.rows
-    )
+    work = 1 + cost * batch.positions
+    for start, stop in batch.lanes:
+        assert work[start:stop].sum() <= work.sum() / lanes + 2 * work.max()
+        inside = [segment for segment in batch.segments if start <= segment.start < stop]
+        assert sum(segment.size for segment in inside) == stop - start
+        assert all(high <= stop for segment in inside for _, high in segment.ancestors)
 
 
 def test_lanes_are_parted_between_segments_where_one_is_near() -> None:

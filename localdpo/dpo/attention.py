@@ -54,12 +54,14 @@ class LaneAttention:
         self.fused = fused
         self.frugal = frugal
         self.offset = mx.array(batch.positions[self.start : self.stop])
+        self.heads = 0
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] | None = None
 
     def blocks(self, heads: int) -> list[Segment]:
         """The lane's tokens in the parts that an attention call takes, in order."""
         if self._blocks is None:
+            self.heads = heads
             cost = CALL_COST["gpu" if self.fused else "cpu"] // heads
             self._blocks = self.batch.blocks(cost, (self.start, self.stop))
         return self._blocks

@@ -11,7 +11,7 @@ CPU_STREAMS = {"cpu": 2, "lean": 1, "gpu": 1}
 """Streams over which a micro-batch is spread. Measured: two with a single-threaded BLAS each beat one with two threads
 (docs/decisions/0002)."""
 
-MICRO_BATCH_TOKENS = {"cpu": 1536, "lean": 256, "gpu": 4096}
+MICRO_BATCH_TOKENS = {"cpu": 1024, "lean": 256, "gpu": 4096}
 """The longest micro-batch, but for a single pair that is longer."""
 
 CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
@@ -32,8 +32,8 @@ def tokens_alive(mode: Mode, longest: int) -> int:
     return longest * max(1, MICRO_BATCH_TOKENS[mode] // longest)
 
 
-def keeps_little(mode: Mode, trained: int, layers: int) -> bool:
-    """Whether to make again what is cheap to make (``recompute.Frugal``) instead of keeping it, for some 8 % more time.
+def remakes_attention(mode: Mode, trained: int, layers: int) -> bool:
+    """Whether to make attention's weights again for the gradient instead of keeping them, for some 7 % more time.
 
     Where most layers are trained, what they keep is most of the memory; where few are, the base is.
     """

@@ -11,7 +11,7 @@ Neither knows anything about losses or references.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, Literal, Protocol
 
@@ -29,6 +29,10 @@ from localdpo.model.device import on_cpu
 from localdpo.model.frozen import linear_dims
 
 Path = Literal["shared", "plain"]
+SCORE_COST = 800
+"""What a score of attention costs, in weights of a product: exp and the rest against two operations a weight. Measured
+on a CPU, where it parts the work into lanes."""
+
 _MISFITS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 """What a model raises whose insides are not what a path expects."""
 
@@ -76,26 +80,15 @@ class SharedForward:
         self.streams = streams
         self.trunk: TrunkCache | None = None
         self.cut = 0
-        self._frugal = False
-        self._gated: set[int] = set()
+        self.remakes_attention = False
+        """Whether the backward pass makes attention's weights again (``PackedCache``). The numbers stay the same."""
+        self._gated = {id(layer) for layer in anatomy.layers if is_gated_mlp(layer)}
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
-        self._prediction_cost = self._weigh_head()
+        self._heads = 0
+        sizes = [prod(linear_dims(m)) for m in anatomy.layers[0].modules() if "weight" in m and m.weight.ndim > 1]
+        self._layer_weights = max(1, sum(sizes))
         install(model, fast_activations=on_cpu())
-
-    def _weigh_head(self) -> float:
-        """What a prediction's logits cost, with 1 for what a token costs in the layers that are run: by the weights."""
-        modules = (module for layer in self.anatomy.layers[self.cut :] for module in layer.modules())
-        sizes = [prod(linear_dims(module)) for module in modules if "weight" in module and module.weight.ndim > 1]
-        return self.anatomy.head.width * self.anatomy.head.vocabulary / max(1, sum(sizes))
-
-    def keep_little(self) -> None:
-        """From now on keep less for the backward pass (``recompute.Frugal``), for some 8 % more time.
-
-        The numbers stay the same.
-        """
-        self._frugal = True
-        self._gated = {id(layer) for layer in self.anatomy.layers if is_gated_mlp(layer)}
 
     def start_at(self, trunk: TrunkCache, cut: int) -> bool:
         """From now on run only the layers from ``cut`` on, over states kept in ``trunk``.
@@ -110,7 +103,6 @@ class SharedForward:
         except _MISFITS:  # layers that hand on more than hidden states
             worst = math.inf
         if worst <= _tolerance(self.anatomy):
-            self._prediction_cost = self._weigh_head()
             return True
         self.trunk, self.cut = None, 0
         return False
@@ -125,7 +117,7 @@ class SharedForward:
         self._at_hand = {pair.key: state for pair in pairs if (state := self.trunk.get(pair)) is not None}
         missing = list({pair.key: pair for pair in pairs if pair.key not in self._at_hand}.values())
         if missing:
-            batch = pack(missing).in_lanes(len(self.streams), prediction_cost=0.0)
+            batch = self._pack(missing)
             found = scatter(batch, missing, self._below(batch))
             self.trunk.put(missing, found)
             self._at_hand |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
@@ -150,30 +142,37 @@ class SharedForward:
     ) -> tuple[mx.array, np.ndarray, int]:
         """See :class:`Forward`."""
         batch = self._pack(pairs)
-        targets = mx.array(batch.targets)
+        hidden, targets = self._read(batch, pairs, grad=grad, checkpoint=checkpoint), mx.array(batch.targets)
         logps = []
-        for stream, which, hidden in self._read(batch, pairs, grad=grad, checkpoint=checkpoint):
+        for stream, rows in self._shares(len(batch.rows)):
             with mx.stream(stream):
-                logps.append(self.anatomy.head.logps(hidden, targets[which], grad=grad))
+                logps.append(self.anatomy.head.logps(hidden[rows], targets[rows], grad=grad))
         return mx.concatenate(logps), batch.membership(), len(batch.tokens)
 
     def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
         """See :class:`Forward`: hidden states."""
         batch = self._pack(pairs)
-        found = [(stream, hidden.astype(mx.float32)) for stream, _, hidden in self._read(batch, pairs, grad=False)]
-        return found, batch.membership()
+        hidden = self._read(batch, pairs, grad=False).astype(mx.float32)
+        return [(stream, hidden[rows]) for stream, rows in self._shares(len(batch.rows))], batch.membership()
 
     def logits(self, predictions: mx.array) -> mx.array:
         """See :class:`Forward`."""
         return self.anatomy.head.logits(predictions)
 
     def _pack(self, pairs: Sequence[EncodedPair]) -> PackedBatch:
-        return pack(pairs).in_lanes(len(self.streams), self._prediction_cost)
+        score_cost = SCORE_COST * self._heads / self._layer_weights
+        return pack(pairs).in_lanes(len(self.streams), score_cost)
+
+    def _shares(self, count: int) -> Iterator[tuple[mx.Stream, slice]]:
+        """``count`` rows spread evenly over the streams."""
+        lanes = min(count, len(self.streams))
+        for lane in range(lanes):
+            yield self.streams[lane], slice(count * lane // lanes, count * (lane + 1) // lanes)
 
     def _read(
         self, batch: PackedBatch, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
-    ) -> list[tuple[mx.Stream, slice, mx.array]]:
-        """Each lane's stream, which of the predictions are its own, and the hidden states [n, D] they read."""
+    ) -> mx.array:
+        """The hidden states that the predictions read, [N, D]."""
         layers, cut = self.anatomy.layers, self.cut
         states = gather(batch, pairs, self.states(pairs)) if cut else None
 
@@ -186,13 +185,7 @@ class SharedForward:
             entering = Skipped(layers[cut - 1], mx.array(states[lane])[:, None])
             return [*(Skipped(layer) for layer in layers[: cut - 1]), entering, *stand_ins[cut:]]
 
-        found = []
-        for lane, stream, hidden in zip(batch.lanes, self.streams, self._bodies(batch, layers_of), strict=False):
-            which = batch.predictions_in(lane)
-            if which.start < which.stop:
-                with mx.stream(stream):
-                    found.append((stream, which, hidden[mx.array(batch.rows[which] - lane[0])]))
-        return found
+        return mx.concatenate(self._bodies(batch, layers_of))[mx.array(batch.rows)]
 
     def _bodies(
         self,
@@ -209,7 +202,7 @@ class SharedForward:
         traced: list[list[PackedCache]] = []
         for number, (lane, stream) in enumerate(zip(batch.lanes, self.streams, strict=False)):
             with mx.stream(stream):
-                common = LaneAttention(batch, fused=self._fused, frugal=self._frugal, lane=number)
+                common = LaneAttention(batch, fused=self._fused, frugal=self.remakes_attention, lane=number)
                 caches = [
                     PackedCache(common, [earlier[index] for earlier in traced])
                     for index in range(len(self.anatomy.layers))
@@ -219,6 +212,7 @@ class SharedForward:
                     out = self.anatomy.body(mx.array(batch.tokens[tokens])[:, None], cache=caches)
                 hidden.append(out[:, 0])
                 traced.append(caches)
+                self._heads = max(self._heads, common.heads)
         return hidden
 
 
@@ -355,9 +349,13 @@ def _disagreement(shared: SharedForward, plain: PlainForward) -> str:
 
 
 def _worst_difference(got: tuple[mx.array, np.ndarray, int], want: tuple[mx.array, np.ndarray, int]) -> float:
-    """Of the completions' summed log-probs, per token."""
-    sums = [mx.array(membership) @ logps for logps, membership, _ in (got, want)]
-    worst = float(mx.max(mx.abs(sums[0] - sums[1]) / mx.array(want[1].sum(axis=1))))
+    """Of the completions' summed log-probs, per token; less counts where a token's are far below -10.
+
+    They are differences of logits, and those are rounded by their size.
+    """
+    sums, exact = (mx.array(membership) @ logps for logps, membership, _ in (got, want))
+    tokens = mx.array(want[1].sum(axis=1))
+    worst = float(mx.max(mx.abs(sums - exact) / (tokens + mx.abs(exact) / 10)))
     return worst if math.isfinite(worst) else math.inf
 
 

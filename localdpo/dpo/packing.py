@@ -81,14 +81,13 @@ class PackedBatch:
             matrix[completion, predictions] = 1.0
         return matrix
 
-    def in_lanes(self, count: int, prediction_cost: float) -> PackedBatch:
+    def in_lanes(self, count: int, score_cost: float) -> PackedBatch:
         """The same batch in at most ``count`` lanes of about equal work.
 
-        ``prediction_cost`` is what a prediction costs, with 1 for what a token costs.
+        ``score_cost`` is what a token costs for each that it attends to, with 1 for what it costs beside attention.
         """
         size = len(self.tokens)
-        costs = np.ones(size) + prediction_cost * np.bincount(self.rows, minlength=size)
-        done = np.cumsum(costs)
+        done = np.cumsum(1 + score_cost * self.positions)
         starts = np.array([segment.start for segment in self.segments])
         places = []
         for number in range(1, count):
@@ -99,11 +98,6 @@ class PackedBatch:
         bounds = sorted({0, size, *(min(place, size) for place in places)})
         segments = tuple(piece for segment in self.segments for piece in segment.cut(bounds))
         return replace(self, segments=segments, lanes=tuple(pairwise(bounds)))
-
-    def predictions_in(self, lane: tuple[int, int]) -> slice:
-        """Which of the N predictions read a lane's tokens."""
-        start, stop = np.searchsorted(self.rows, lane)
-        return slice(int(start), int(stop))
 
     def blocks(self, call_cost: int, lane: tuple[int, int] | None = None) -> list[Segment]:
         """A lane's segments for attention, as few calls or as few scores as costs least: together they cover it.
@@ -209,7 +203,7 @@ class _Tree:
 
     def grow(self, members: list[int], start: int, ancestors: tuple[tuple[int, int], ...]) -> None:
         """Lay out ``members`` (sorted, equal up to ``start``) from position ``start`` on."""
-        shared = _common_length(self.sequences[members[0]], self.sequences[members[-1]])
+        shared = common_length(self.sequences[members[0]], self.sequences[members[-1]])
         if len(members) > 1 and shared - start < self.min_shared and not self._all_equal(members, shared):
             # Too short to pay: each branch carries its own copy of the shared tokens.
             for branch in self._branches(members, shared):
@@ -245,7 +239,8 @@ class _Tree:
         return _with_span(ancestors, (begin, self.size))
 
 
-def _common_length(first: np.ndarray, second: np.ndarray) -> int:
+def common_length(first: np.ndarray, second: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common."""
     shorter = min(len(first), len(second))
     differs = np.flatnonzero(first[:shorter] != second[:shorter])
     return int(differs[0]) if len(differs) else shorter

@@ -16,7 +16,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from localdpo.dpo.attention import PackedCache
 from localdpo.dpo.autograd import on_this_stream, with_vjp
@@ -51,17 +50,32 @@ class InOrder(StandIn):
         """``stand_in`` is called for ``layer``; it may be the layer itself."""
         super().__init__(layer)
         self._stand_in = stand_in
+        self._places = _trainable_places(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what stands in for the layer."""
-        outside = dict(tree_flatten(self._layer.trainable_parameters()))
-        if not outside or not args or not isinstance(args[0], mx.array):
+        if not self._places or not args or not isinstance(args[0], mx.array):
             return self._stand_in(*args, **kwargs)
-        hidden, *inside = _gate(args[0], *outside.values())
-        self._layer.update(tree_unflatten(list(zip(outside, inside, strict=True))))
+        outside = [module[name] for module, name in self._places]
+        hidden, *inside = _gate(args[0], *outside)
+        self._put(inside)
         out = self._stand_in(hidden, *args[1:], **kwargs)
-        self._layer.update(tree_unflatten(list(outside.items())))
+        self._put(outside)
         return out
+
+    def _put(self, arrays: Sequence[mx.array]) -> None:
+        for (module, name), array in zip(self._places, arrays, strict=True):
+            module[name] = array
+
+
+def _trainable_places(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the layer's trainable arrays are. As a tree, with names, they take several times as long to change."""
+    return [
+        (module, name)
+        for module in layer.modules()
+        for name, value in module.items()
+        if isinstance(value, mx.array) and name not in module._no_grad and not name.startswith("_")
+    ]
 
 
 def _gate_backward(primals: Any, cotangents: list[mx.array], outputs: Any) -> list[mx.array]:

@@ -18,10 +18,11 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from localdpo.data.encode import EncodedPair
-from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, keeps_little, mode_of
+from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of, remakes_attention
 from localdpo.dpo.divergence import token_kl
 from localdpo.dpo.forward import Path, SharedForward, choose_forward
 from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
+from localdpo.dpo.packing import common_length
 from localdpo.dpo.trunk import TrunkCache
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import lane_streams, on_cpu
@@ -91,8 +92,7 @@ class PairScorer:
             self._forward, self.path_reason = choose_forward(model, path, self._streams)
         if isinstance(self._forward, SharedForward):
             layers = self._forward.anatomy.layers
-            if keeps_little(mode, sum(map(_trains, layers)), len(layers)):
-                self._forward.keep_little()
+            self._forward.remakes_attention = remakes_attention(mode, sum(map(_trains, layers)), len(layers))
 
     @property
     def path(self) -> Path:
@@ -294,16 +294,23 @@ def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[
 
 
 def _costs(pairs: Sequence[EncodedPair], order: list[int]) -> list[int]:
-    """Tokens each row adds, in ``order``: a prompt equal to the previous row's is free."""
+    """Tokens each row adds, in ``order``: what it shares with the row before it is free."""
     costs = []
-    previous: np.ndarray | None = None
+    previous: EncodedPair | None = None
     for index in order:
         pair = pairs[index]
-        cost = len(pair.chosen_ids) + len(pair.rejected_ids)
-        if previous is None or not np.array_equal(previous, pair.prompt_ids):
-            cost += len(pair.prompt_ids)
+        answers = [pair.chosen_ids, pair.rejected_ids]
+        shared = [np.empty(0, np.int32)]
+        if previous is not None and np.array_equal(previous.prompt_ids, pair.prompt_ids):
+            shared += [previous.chosen_ids, previous.rejected_ids]
+            cost = 0
+        else:
+            cost = len(pair.prompt_ids)
+        for answer in answers:
+            cost += len(answer) - max(common_length(answer, other) for other in shared)
+            shared.append(answer)
         costs.append(cost)
-        previous = pair.prompt_ids
+        previous = pair
     return costs
 
 

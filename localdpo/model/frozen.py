@@ -71,10 +71,11 @@ def float32_weight(module: nn.Module) -> mx.array:
 def compute_in_float32(model: nn.Module, memory: CpuMemory) -> None:
     """Prepare every layer of ``model``, in place, for float32 products on the CPU.
 
-    Weights are evaluated one layer at a time, so the peak is the result plus one layer.
+    Weights are evaluated one layer at a time, the largest first: what it takes to make an embedding of several times
+    its own size is then gone before the others are there.
     """
     make = _fast_layer if memory == "fast" else _lean_layer
-    for name, module in model.named_modules():
+    for name, module in sorted(model.named_modules(), key=lambda named: -_stored_size(named[1])):
         if name and (replacement := make(module)) is not None:
             replacement.eval()
             mx.eval(replacement.parameters())
@@ -84,6 +85,10 @@ def compute_in_float32(model: nn.Module, memory: CpuMemory) -> None:
         if not isinstance(module, (*_LEAN_TYPES, QuantizedSwitchLinear)):
             _cast_own_arrays(module)
     mx.eval(model.parameters())
+
+
+def _stored_size(module: nn.Module) -> int:
+    return int(module.weight.size) if "weight" in module else 0
 
 
 class _Dense(Protocol):

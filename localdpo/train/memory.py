@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt
 from typing import Any, Literal, Protocol
 
-from localdpo.dpo.budget import CALL_COST, Mode, keeps_little, tokens_alive
+from localdpo.dpo.budget import CALL_COST, Mode, remakes_attention, tokens_alive
 
 Verdict = Literal["safe", "tight", "too big"]
 
@@ -232,7 +232,7 @@ def estimate_step(
         lora_layers=lora_layers,
         compute_bytes=2 if mode == "gpu" else 4,
         checkpointing=checkpointing,
-        frugal=keeps_little(mode, shape.layers if lora_layers is None else lora_layers, shape.layers),
+        frugal=remakes_attention(mode, shape.layers if lora_layers is None else lora_layers, shape.layers),
         weight_bytes=weight_bytes,
     )
 
