@@ -22,6 +22,9 @@ from localdpo.model.frozen import linear_dims
 _CPU_TILE = 1 << 19
 """Logits alive at once on a CPU: 2 MB, about what stays in its cache."""
 _GPU_TILE = 1 << 25
+_CPU_DENSE = 1 << 22
+"""Numbers of a packed weight made dense at once: 16 MB, and some 50 on the way."""
+_GPU_DENSE = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +48,22 @@ class Head:
         """V."""
         return linear_dims(self.module)[1]
 
-    def logits(self, hidden: mx.array, start: int = 0, stop: int | None = None) -> mx.array:
-        """hidden [N, D] float32 -> logits [N, stop - start], float32."""
-        return self._finish(hidden @ self._weight(start, stop).T, start, stop)
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden [N, D] float32 -> logits [N, V], float32; a packed weight is made dense some rows at a time."""
+        parts: list[mx.array] = []
+        size = self._dense_rows()
+        for start in range(0, self.vocabulary, size):
+            tile = slice(start, start + size)
+            weight = self._rows(tile, parts[-1:])
+            parts.append(self._finish(hidden @ weight.T, tile))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
-    def _weight(self, start: int, stop: int | None) -> mx.array:
-        return self._rows(slice(start, stop))
+    def _dense_rows(self) -> int:
+        return max(1, (_CPU_DENSE if on_cpu() else _GPU_DENSE) // self.width)
 
-    def _finish(self, raw: mx.array, start: int, stop: int | None) -> mx.array:
+    def _finish(self, raw: mx.array, tile: slice) -> mx.array:
         if "bias" in self.module:
-            raw = raw + self.module.bias[start:stop].astype(mx.float32)
+            raw = raw + self.module.bias[tile].astype(mx.float32)
         if self.scale != 1.0:
             raw = raw * self.scale
         return raw if self.softcap is None else self.softcap * mx.tanh(raw / self.softcap)
@@ -65,11 +74,14 @@ class Head:
             return None if self.scale == 1.0 else mx.array(self.scale)
         return self.scale * (1.0 - mx.square(logits / self.softcap))
 
-    def _rows(self, index: slice | mx.array) -> mx.array:
-        """Rows of the weight, [n, D] float32, the same bits whether one is read as a target or in a tile."""
+    def _rows(self, index: slice | mx.array, after: list[mx.array] | None = None) -> mx.array:
+        """Rows of the weight, [n, D] float32, the same bits whether one is read as a target or in a tile.
+
+        Not made dense before ``after`` is there: the evaluator would prepare every tile before it uses the first.
+        """
         module = self.module
         picked = {name: module[name][index] for name in ("weight", "scales", "biases") if name in module}
-        weight: mx.array = picked["weight"]
+        weight: mx.array = mx.depends(picked["weight"], after) if after else picked["weight"]
         if "scales" not in picked:
             return weight.astype(mx.float32)
         scales, biases = picked["scales"], picked.get("biases")
@@ -111,16 +123,15 @@ class Head:
         """Log-probs [N] and, with ``grad``, d logp / d hidden [N, D]."""
         cpu = on_cpu()
         exp = fastmath.exp if cpu else mx.exp
-        tile = max(256, (_CPU_TILE if cpu else _GPU_TILE) // max(1, len(hidden)))
+        tile = min(self._dense_rows(), max(256, (_CPU_TILE if cpu else _GPU_TILE) // max(1, len(hidden))))
         top = mx.full((len(hidden), 1), -mx.inf)
         total = mx.zeros((len(hidden), 1))
         mean_row = mx.zeros_like(hidden)
         previous = [hidden]
         for start in range(0, self.vocabulary, tile):
-            # Otherwise the evaluator would prepare every tile before it uses the first, or keep every tile's weights
-            # until it gets to the sum.
-            weight = mx.depends(self._weight(start, start + tile), previous)
-            logits = self._finish(hidden @ weight.T, start, start + tile)
+            # The sum too, or the evaluator would keep every tile's weights until it gets to it.
+            weight = self._rows(slice(start, start + tile), previous)
+            logits = self._finish(hidden @ weight.T, slice(start, start + tile))
             raised = mx.maximum(top, mx.max(logits, axis=-1, keepdims=True))
             weights = exp(logits - raised)
             fade = mx.exp(top - raised)

@@ -21,7 +21,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from localdpo.model.blas import blas_threads
 
 CpuMemory = Literal["fast", "lean"]
-CHUNK_BYTES = 64 << 20  # dense rows of a lean product alive at once; dequantising needs about four times that
+CHUNK_BYTES = 16 << 20  # dense rows of a lean product alive at once; dequantising needs about four times that
 
 ROW_PRODUCT = 500_000  # elements of a weight that OpenBLAS multiplies by one row without packing it first
 ROW_BLOCK = 512

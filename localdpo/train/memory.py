@@ -17,8 +17,8 @@ Verdict = Literal["safe", "tight", "too big"]
 
 SAFE_SHARE = 0.7
 """Up to this share of the available memory other programs keep enough to stay responsive."""
-RUNTIME_BYTES = 250 << 20
-"""Python, mlx and the tokenizer."""
+RUNTIME_BYTES = 210 << 20
+"""Python, mlx, the tokenizer, and what malloc cannot give back."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -209,7 +209,7 @@ def estimate_memory(
         activations=_activations(shape, workload, trained, checkpointing, frugal) * compute_bytes,
         # Logits, their exponentials and the rows of the head they are made with, a tile at a time.
         logits=4 * 4 * min(workload.head_tile, workload.tokens * shape.vocab),
-        caches=_caches(shape, workload, compute_bytes),
+        caches=_at_work(shape, workload) * compute_bytes,
     )
 
 
@@ -238,25 +238,27 @@ def estimate_step(
 
 
 def _activations(shape: ModelShape, workload: Workload, trained: int, checkpointing: bool, frugal: bool) -> int:
-    """Numbers kept for the backward pass: of every trained block, or of one and the inputs of the others.
+    """Numbers that the trained blocks keep for the backward pass.
 
-    What a token keeps in a block was fitted to peaks measured on the starter model, from 256 to 1,024
-    tokens on a CPU: within 15 %.
+    With checkpointing a block keeps its input, and the keys and values that streams exchange. What a token keeps was
+    fitted, as :func:`_at_work`, to peaks measured on a CPU for three shapes, from 128 to 1,024 tokens a pair
+    (docs/benchmarks.md).
     """
-    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    per_token = 4 * shape.hidden + query + 2 * key
-    if frugal:
-        kept = per_token + 5 * shape.intermediate // 2 + shape.heads * workload.context // 5
-    else:
-        # Causal: on average a token attends to half of its context.
-        kept = per_token + 2 * shape.intermediate + shape.heads * workload.context // 2
-    block = kept * workload.tokens
     if checkpointing:
-        return 2 * block + trained * shape.hidden * workload.tokens
-    return (trained + 1) * block
+        kept = shape.hidden + 2 * shape.kv_heads * shape.head_dim
+    else:
+        scores = shape.heads * workload.context
+        # Causal: on average a token attends to half of its context. Made again, a row of scores leaves two numbers.
+        kept = _narrow(shape) + 5 * shape.intermediate // 2 + scores // (12 if frugal else 2)
+    return trained * kept * workload.tokens
 
 
-def _caches(shape: ModelShape, workload: Workload, compute_bytes: int) -> int:
-    """Buffers that mlx keeps for reuse: what one untrained block needs while it runs, several times over."""
-    widest = max(shape.intermediate, shape.heads * workload.context, 2 * shape.hidden)
-    return 8 * widest * workload.tokens * compute_bytes
+def _at_work(shape: ModelShape, workload: Workload) -> int:
+    """Numbers of the one block that is at work, forward and backward, and buffers that wait to be used again."""
+    scores = shape.heads * workload.context
+    return (6 * _narrow(shape) + 9 * shape.intermediate // 2 + 3 * scores // 2) * workload.tokens
+
+
+def _narrow(shape: ModelShape) -> int:
+    """Numbers of a token, in one block, that are as wide as the model: four hidden states, query, key and value."""
+    return 4 * shape.hidden + (shape.heads + 2 * shape.kv_heads) * shape.head_dim
