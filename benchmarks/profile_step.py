@@ -58,7 +58,7 @@ def main() -> None:
     rows_at, targets = mx.array(batch.rows), mx.array(batch.targets)
     head = forward.anatomy.head
     with scorer_off(loaded.model), blas_threads_within(1):
-        body = seconds(lambda: forward._body(batch, forward.anatomy.layers))
+        body = seconds(lambda: forward._bodies(batch, lambda *_: forward.anatomy.layers))
         attention = seconds(lambda: attend(batch, loaded.config))
         plain = seconds(lambda: head.logps(hidden[rows_at], targets, grad=False))
         fused = seconds(lambda: head.logps(hidden[rows_at], targets, grad=True))

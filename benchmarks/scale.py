@@ -1,7 +1,7 @@
 """How localdpo grows: `python benchmarks/scale.py` fills the sections of docs/benchmarks.md after the peers' tables.
 
 Each figure is a process of its own (step.py). What is compared within a table runs in turn, round after round.
-`--only NAME` measures one table: tokens, pairs, models, memory, lean, decode.
+`--only NAME` measures one table: tokens, pairs, models, memory, lean, head, decode.
 """
 
 from __future__ import annotations
@@ -163,6 +163,18 @@ def memory(rounds: int) -> Iterator[str]:
     yield "\nThe top 8 layers adapted, four pairs a step, but for the starter with all of its 30."
 
 
+def head(rounds: int) -> Iterator[str]:
+    yield "### The vocabulary head alone, 151,936 tokens by 896, forward and backward: memory beside the weights\n"
+    yield "| predictions | whole logits, MB | tiles, MB | whole logits, s | tiles, s |"
+    yield "|---|---|---|---|---|"
+    for rows in (128, 512):
+        specs = [{"rows": rows, "whole": whole} for whole in (True, False)]
+        both = [[run(spec, "head.py") for spec in specs] for _ in range(rounds)]
+        peaks = [median(pair[at]["peak"] for pair in both) / MB for at in (0, 1)]
+        seconds = [median(pair[at]["seconds"] for pair in both) for at in (0, 1)]
+        yield f"| {rows} | {peaks[0]:,.0f} | {peaks[1]:,.0f} | {seconds[0]:.2f} | {seconds[1]:.2f} |"
+
+
 def lean(rounds: int) -> Iterator[str]:
     yield "### `train.memory: lean` keeps the base in its 4 bits\n"
     yield "| model | mode | seconds a step | peak memory, MB | against fast |"
@@ -200,6 +212,7 @@ TABLES: dict[str, Callable[[int], Iterator[str]]] = {
     "models": models,
     "memory": memory,
     "lean": lean,
+    "head": head,
     "decode": decode,
 }
 

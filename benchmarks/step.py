@@ -29,7 +29,7 @@ from localdpo.dpo.losses import LossSettings
 from localdpo.dpo.reference import ReferenceCache
 from localdpo.dpo.scorer import PairScorer
 from localdpo.model.blas import blas_threads_within
-from localdpo.model.device import lane_streams
+from localdpo.model.device import core_streams
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, attach_lora
 from localdpo.recipe import Recipe
@@ -147,7 +147,7 @@ def matmul_rate() -> float:
     """Operations a second of large float32 products on every stream that a step uses; the best of five."""
     left, right = mx.ones((1024, 1024)), mx.ones((1024, 1024))
     mx.eval(left, right)
-    lanes = lane_streams(CPU_STREAMS["cpu"])
+    lanes = core_streams(CPU_STREAMS["cpu"])
     best = float("inf")
     with blas_threads_within(1):
         for _ in range(5):

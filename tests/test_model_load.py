@@ -17,9 +17,10 @@ import pytest
 import tiny
 
 from localdpo.errors import EnvironmentFault, InputError
+from localdpo.model import device as device_module
 from localdpo.model import frozen
 from localdpo.model import load as load_module
-from localdpo.model.device import describe_device, lane_streams, limit_cache, on_cpu, prepare_device
+from localdpo.model.device import core_streams, describe_device, lane_streams, on_cpu, prepare_device
 from localdpo.model.generate import SamplingOptions, stream
 from localdpo.model.load import choose_memory, load_model
 
@@ -289,7 +290,16 @@ def test_the_device() -> None:
     assert device.name
     assert 0 < device.memory_available <= device.memory_total
     prepare_device()
-    limit_cache()
     streams = lane_streams(2)
     assert len(streams) == 2
     assert lane_streams(2) == streams
+
+
+@pytest.mark.parametrize(("cores", "allowed", "streams"), [(1, 8, 1), (2, 8, 2), (8, 8, 4), (8, 3, 3), (None, 2, 2)])
+def test_there_is_a_stream_for_each_core_but_no_more_than_asked_for(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, allowed: int, streams: int
+) -> None:
+    monkeypatch.setattr(device_module.psutil, "cpu_count", lambda logical: cores)
+    monkeypatch.setattr(device_module.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(device_module.os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    assert len(core_streams(4)) == streams

@@ -21,9 +21,11 @@ from tiny import randomise_adapter
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo import scorer as scorer_module
+from localdpo.dpo.forward import SharedForward
 from localdpo.dpo.losses import LossSettings, PairLogps
 from localdpo.dpo.scorer import PairScorer, StepResult, split_by_tokens
 from localdpo.model import blas
+from localdpo.model.device import lane_streams
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 from localdpo.recipe import LossType, TrainRecipe
 from localdpo.train.monitor import Scores, row_metrics
@@ -40,8 +42,10 @@ def shared_model() -> nn.Module:
 
 
 @cache
-def scorer_on(path: Any) -> PairScorer:
-    return PairScorer(shared_model(), path=path)
+def scorer_on(path: Any, lanes: int = 2) -> PairScorer:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer_module, "core_streams", lambda most: lane_streams(lanes))
+        return PairScorer(shared_model(), path=path)
 
 
 def window(count: int = 8, seed: int = 0) -> list[EncodedPair]:
@@ -87,7 +91,7 @@ def windows(draw: st.DrawFn) -> list[EncodedPair]:
     return rows
 
 
-@settings(max_examples=18, derandomize=True, deadline=None)
+@settings(max_examples=24, derandomize=True, deadline=None)
 @given(
     rows=windows(),
     loss_type=st.sampled_from(LOSSES),
@@ -95,6 +99,8 @@ def windows(draw: st.DrawFn) -> list[EncodedPair]:
     max_tokens=st.sampled_from([1, 40, 1000]),
     checkpoint=st.booleans(),
     path=st.sampled_from(["shared", "plain"]),
+    lanes=st.sampled_from([1, 2, 3]),
+    remakes_attention=st.booleans(),
 )
 def test_any_window_equals_the_plainest_way(
     rows: list[EncodedPair],
@@ -103,9 +109,13 @@ def test_any_window_equals_the_plainest_way(
     max_tokens: int,
     checkpoint: bool,
     path: Any,
+    lanes: int,
+    remakes_attention: bool,
 ) -> None:
-    model, scorer = shared_model(), scorer_on(path)
+    model, scorer = shared_model(), scorer_on(path, lanes)
     scorer.gradient_checkpointing, scorer.max_tokens = checkpoint, max_tokens
+    if isinstance(scorer._forward, SharedForward):
+        scorer._forward.remakes_attention = remakes_attention
     reference = scorer.reference_logps(rows)
     with adapters_off(model):
         exact_reference = oracles.pair_logps(model, rows)

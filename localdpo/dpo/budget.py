@@ -7,9 +7,10 @@ from typing import Literal
 Mode = Literal["cpu", "lean", "gpu"]
 """Where a model computes; "lean" is a CPU that holds the base as it is stored, to spare memory."""
 
-CPU_STREAMS = {"cpu": 2, "lean": 1, "gpu": 1}
-"""Streams over which a micro-batch is spread. Measured: two with a single-threaded BLAS each beat one with two threads
-(docs/decisions/0002)."""
+CPU_STREAMS = {"cpu": 4, "lean": 1, "gpu": 1}
+"""Over how many streams a micro-batch is spread at most, where there are as many cores. Measured on two: two streams
+with a single-threaded BLAS each beat one with two threads (docs/decisions/0002); a step in four lanes takes a tenth
+more processor time than in two, so four cores should gain by them (0006)."""
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "lean": 256, "gpu": 4096}
 """The longest micro-batch, but for a single pair that is longer."""

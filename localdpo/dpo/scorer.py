@@ -25,7 +25,7 @@ from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
 from localdpo.dpo.packing import common_length
 from localdpo.dpo.trunk import TrunkCache
 from localdpo.model.blas import blas_threads_within
-from localdpo.model.device import lane_streams, on_cpu
+from localdpo.model.device import core_streams, on_cpu
 from localdpo.model.frozen import is_lean, linear_dims
 from localdpo.model.lora import adapters_off
 
@@ -87,7 +87,7 @@ class PairScorer:
         self.gradient_checkpointing = gradient_checkpointing
         mode = mode_of("cpu" if on_cpu() else "gpu", "lean" if is_lean(model) else "")
         self.max_tokens = max_tokens or MICRO_BATCH_TOKENS[mode]
-        self._streams = lane_streams(CPU_STREAMS[mode])
+        self._streams = core_streams(CPU_STREAMS[mode])
         with blas_threads_within(1), _evaluating(model):
             self._forward, self.path_reason = choose_forward(model, path, self._streams)
         if isinstance(self._forward, SharedForward):

@@ -11,11 +11,14 @@ from typing import Literal
 import mlx.core as mx
 import psutil
 
-# MLX walks a graph breadth first up to this width, depth first beyond. At its default, 20, two graphs on two CPU
-# streams run one after the other; wide enough, their operations alternate (measured: 1.6 times as fast, 10 % more
-# memory). Read by MLX once, at the first evaluation. On a GPU there is one stream, and MLX's order stays.
+# MLX walks a graph breadth first up to this width, depth first beyond. At its default, 20, one CPU stream waits for the
+# other a quarter of the time; from 60 on their operations alternate, at no more memory (docs/decisions/0006). Read by
+# MLX once, at the first evaluation. On a GPU there is one stream, and MLX's order stays.
 if mx.default_device().type == mx.cpu:
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "400")
+
+CACHE_SHARE = 0.1
+"""Of the machine's memory, for buffers that MLX keeps to use again."""
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -56,19 +59,27 @@ def describe_device() -> Device:
 
 
 def prepare_device() -> None:
-    """Wire the recommended working set on Metal, so that macOS does not page weights out between steps.
+    """On Metal, wire the recommended working set and cap MLX's cache of freed buffers. Does nothing elsewhere.
 
-    Without it a model near the memory limit slows down several times. Does nothing elsewhere.
+    Without the first macOS pages weights out between steps, and a model near the memory limit slows down several
+    times. Without the second the cache takes what is left: lengths differ from step to step, so do its buffers.
     """
     device = describe_device()
     if device.backend == "metal" and device.recommended_working_set:
         with suppress(RuntimeError, ValueError):  # a system that refuses is only slower
             mx.set_wired_limit(device.recommended_working_set)
+            mx.set_cache_limit(int(device.memory_total * CACHE_SHARE))
 
 
-def limit_cache(fraction: float = 0.1) -> None:
-    """Cap MLX's cache of freed buffers at a fraction of the device's memory."""
-    mx.set_cache_limit(int(describe_device().memory_total * fraction))
+def core_streams(most: int) -> list[mx.Stream]:
+    """Streams for work that is spread over cores: one for each that this process may use, at most ``most``.
+
+    Physical cores: two threads of one core share what multiplies.
+    """
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    with suppress(AttributeError, OSError):  # not on every system
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return lane_streams(max(1, min(most, cores)))
 
 
 _thread = threading.local()

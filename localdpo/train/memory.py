@@ -129,10 +129,9 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What forward and backward passes that run side by side hold.
+    """What a forward and backward pass holds.
 
-    ``tokens`` of all of them, the longest ``context`` one of those attends to, and ``head_tile``
-    logits at once.
+    Its ``tokens``, the longest ``context`` one of those attends to, and ``head_tile`` logits at once.
     """
 
     tokens: int

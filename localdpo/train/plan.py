@@ -22,7 +22,7 @@ from localdpo.data.pairs import Skipped
 from localdpo.dpo.budget import CPU_STREAMS, mode_of
 from localdpo.errors import EnvironmentFault, Problem
 from localdpo.model.blas import blas_threads_within
-from localdpo.model.device import describe_device, lane_streams
+from localdpo.model.device import core_streams, describe_device
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import LoraInfo
 from localdpo.model.resolve import resolve_model
@@ -250,7 +250,7 @@ def _matmul_speed(shape: ModelShape, device: str) -> float:
     right = mx.ones((shape.hidden, 2 * shape.intermediate), dtype=dtype)
     mx.eval(left, right)
     best = float("inf")
-    lanes = lane_streams(CPU_STREAMS["cpu"])
+    lanes = core_streams(CPU_STREAMS["cpu"])
     with blas_threads_within(1):
         for _ in range(3):
             began = time.perf_counter()
