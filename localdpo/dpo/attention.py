@@ -13,7 +13,7 @@ across, at keys and values of earlier lanes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -55,16 +55,23 @@ class LaneAttention:
         self.frugal = frugal
         self.offset = mx.array(batch.positions[self.start : self.stop])
         self.heads = 0
+        self.bounds: list[int] = []
+        """Where what the blocks look at begins and ends, ascending."""
         self._masks: dict[Any, mx.array] = {}
-        self._blocks: list[Segment] | None = None
+        self._blocks: list[Segment] = []
 
-    def blocks(self, heads: int) -> list[Segment]:
-        """The lane's tokens in the parts that an attention call takes, in order."""
-        if self._blocks is None:
+    def divide(self, heads: int) -> None:
+        """Find the parts of the lane's tokens that an attention call takes; once for all layers."""
+        if not self._blocks:
             self.heads = heads
             cost = CALL_COST["gpu" if self.fused else "cpu"] // heads
             self._blocks = self.batch.blocks(cost, (self.start, self.stop))
-        return self._blocks
+            self.bounds = sorted({place for block in self._blocks for span in _spans(block) for place in span})
+
+    def by_block(self, queries: mx.array) -> Iterator[tuple[Segment, mx.array]]:
+        """Each block and its own of the lane's queries [..., T, D]."""
+        stops = [block.stop - self.start for block in self._blocks]
+        return zip(self._blocks, _split(queries, stops), strict=True)
 
     def mask(self, block: Segment, window: int | None, form: Callable[[np.ndarray], np.ndarray]) -> mx.array:
         """[n, context + n]: where the block's queries may look, as ``form`` puts it; made once for all layers."""
@@ -103,17 +110,18 @@ class PackedCache:
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Window | None
     ) -> mx.array:
         """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] of the lane's T tokens -> [T, H, 1, D]."""
+        self.lane.divide(queries.shape[1])
         attend = self._attend_fused if self.lane.fused else self._attend_in_float32
         return attend(queries, keys, values, scale, mask.size if mask is not None else None)
 
     def _attend_fused(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
-        lane, blocks = self.lane, self.lane.blocks(queries.shape[1])
+        lane = self.lane
         queries, keys, values = (x.transpose(2, 1, 0, 3) for x in (queries, keys, values))
-        all_keys, all_values = self._keep(keys, values, blocks)
+        all_keys, all_values = self._keep(keys, values)
         parts = []
-        for block, own in zip(blocks, _split(queries, [block.stop - lane.start for block in blocks]), strict=True):
+        for block, own in lane.by_block(queries):
             mask = lane.mask(block, window, lambda allowed: allowed)
             attend = mx.fast.scaled_dot_product_attention
             parts.append(attend(own, all_keys.take(block), all_values.take(block), scale=scale, mask=mask))
@@ -122,7 +130,7 @@ class PackedCache:
     def _attend_in_float32(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
-        lane, blocks = self.lane, self.lane.blocks(queries.shape[1])
+        lane = self.lane
         size, heads, _, width = queries.shape
         kv_heads, dtype = keys.shape[1], queries.dtype
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
@@ -131,21 +139,20 @@ class PackedCache:
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
-        all_keys, all_values = self._keep(keys, values, blocks)
+        all_keys, all_values = self._keep(keys, values)
         attend = _keeps_rows if lane.frugal else _keeps_weights
         parts = []
-        for block, own in zip(blocks, _split(queries, [block.stop - lane.start for block in blocks]), strict=True):
+        for block, own in lane.by_block(queries):
             mask = lane.mask(block, window, _penalties)
             parts.append(attend(own, all_keys.take(block), all_values.take(block), mask)[0])
         return _joined(parts).reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
-    def _keep(self, keys: mx.array, values: mx.array, blocks: list[Segment]) -> tuple[_Pieces, _Pieces]:
+    def _keep(self, keys: mx.array, values: mx.array) -> tuple[_Pieces, _Pieces]:
         """Keep the lane's own for later lanes; all that the blocks look at, earlier lanes' included."""
         self.kept = [keys, values]
         starts = [*self._starts, self.lane.start]
-        bounds = sorted({place for block in blocks for span in _spans(block) for place in span})
         all_keys, all_values = [*self.handed[0::2], keys], [*self.handed[1::2], values]
-        return _Pieces(starts, all_keys, bounds), _Pieces(starts, all_values, bounds)
+        return _Pieces(starts, all_keys, self.lane.bounds), _Pieces(starts, all_values, self.lane.bounds)
 
 
 class _Pieces:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -86,7 +85,7 @@ class SharedForward:
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
         self._heads = 0
-        sizes = [prod(linear_dims(m)) for m in anatomy.layers[0].modules() if "weight" in m and m.weight.ndim > 1]
+        sizes = [math.prod(linear_dims(m)) for m in anatomy.layers[0].modules() if "weight" in m and m.weight.ndim > 1]
         self._layer_weights = max(1, sum(sizes))
         install(model, fast_activations=on_cpu())
 
@@ -273,9 +272,10 @@ def _padded(pairs: Sequence[EncodedPair], lanes: int) -> tuple[list[_Padded], np
     completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    done = np.cumsum([len(sequences[index]) for index in order])
+    sizes = np.array([len(sequences[index]) for index in order])
+    done = np.cumsum(sizes)
     # A completion goes to the lane in which its middle token lands.
-    middle = done - np.array([len(sequences[index]) for index in order]) / 2
+    middle = done - sizes / 2
     membership = np.zeros((len(sequences), sum(map(len, completions))), np.float32)
     batches, column = [], 0
     for lane in range(lanes):
