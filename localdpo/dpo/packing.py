@@ -109,7 +109,7 @@ class PackedBatch:
         first, last = lane or (0, len(self.tokens))
         segments = [segment for segment in self.segments if first <= segment.start < last]
 
-        def merge(index: int) -> tuple[float, list[Segment], int]:
+        def merge(index: int) -> tuple[int, list[Segment], int]:
             """Cost and blocks of the subtree at ``index``, and the index after it."""
             root = segments[index]
             depth = root.context + root.size
@@ -120,7 +120,7 @@ class PackedBatch:
                 cost, blocks = cost + more, blocks + below
             return (*_joined(segments[index:after], cost, blocks, call_cost), after)
 
-        cost, index = 0.0, 0
+        cost, index = 0, 0
         blocks: list[Segment] = []
         while index < len(segments):
             more, below, index = merge(index)
@@ -161,7 +161,7 @@ def _with_span(spans: tuple[tuple[int, int], ...], span: tuple[int, int]) -> tup
     return (*spans, span)
 
 
-def _in_chunks(segment: Segment, call_cost: int) -> tuple[float, list[Segment]]:
+def _in_chunks(segment: Segment, call_cost: int) -> tuple[int, list[Segment]]:
     """What attention over a segment costs, and the pieces in which it costs least.
 
     n tokens in k pieces make n^2 (1 + 1/k) / 2 scores among themselves.
@@ -172,9 +172,7 @@ def _in_chunks(segment: Segment, call_cost: int) -> tuple[float, list[Segment]]:
     return sum(call_cost + piece.size * (piece.context + piece.size) for piece in pieces), pieces
 
 
-def _joined(
-    segments: Sequence[Segment], cost: float, blocks: list[Segment], call_cost: int
-) -> tuple[float, list[Segment]]:
+def _joined(segments: Sequence[Segment], cost: int, blocks: list[Segment], call_cost: int) -> tuple[int, list[Segment]]:
     """The cost of segments side by side and their blocks: ``blocks``, or one of all where that costs less."""
     if len(segments) < 2:
         return cost, blocks
