@@ -54,9 +54,8 @@ both = pytest.mark.parametrize("fused", [False, True], ids=["ours", "mlx"])
 @pytest.mark.parametrize("cost", [1, 10**9], ids=["many blocks", "one block"])
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 100])
 @pytest.mark.parametrize("lanes", [1, 2, 5])
-@pytest.mark.parametrize("frugal", [False, True])
 def test_output_and_gradients_equal_masked_softmax(
-    monkeypatch: pytest.MonkeyPatch, fused: bool, cost: int, window: int | None, lanes: int, frugal: bool
+    monkeypatch: pytest.MonkeyPatch, fused: bool, cost: int, window: int | None, lanes: int
 ) -> None:
     monkeypatch.setattr(attention, "CALL_COST", {"cpu": cost, "gpu": cost})
     packed = batch().in_lanes(lanes, 0.3)
@@ -69,7 +68,7 @@ def test_output_and_gradients_equal_masked_softmax(
         outs = []
         for number, span in enumerate(packed.lanes):
             own = slice(*span)
-            caches.append(PackedCache(LaneAttention(packed, fused=fused, frugal=frugal, lane=number), caches))
+            caches.append(PackedCache(LaneAttention(packed, fused=fused, lane=number), caches))
             mask = caches[-1].make_mask(1, window_size=window)
             outs.append(caches[-1].attend(q[own], k[own], v[own], SCALE, mask))
         return mx.concatenate(outs)

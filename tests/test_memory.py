@@ -59,15 +59,15 @@ HALF_BILLION = ModelShape(24, 896, 14, 2, 64, 4864, 151936)
 # Peaks of whole processes in MB, four pairs a step, the top 8 layers adapted (benchmarks/scale.py --only memory):
 # (shape, weights in MB, tokens a pair, measured, measured with gradient checkpointing)
 MEASURED = [
-    (STARTER, 515, 128, 884, 782),
-    (STARTER, 515, 512, 1152, 892),
-    (STARTER, 515, 1024, 1258, 921),
-    (WIDE, 594, 128, 1108, 932),
-    (WIDE, 594, 512, 1560, 1160),
-    (WIDE, 594, 1024, 1630, 1200),
-    (HALF_BILLION, 1890, 128, 2436, 2287),
-    (HALF_BILLION, 1890, 512, 2993, 2472),
-    (HALF_BILLION, 1890, 1024, 3119, 2535),
+    (STARTER, 515, 128, 872, 776),
+    (STARTER, 515, 512, 1060, 875),
+    (STARTER, 515, 1024, 1072, 907),
+    (WIDE, 594, 128, 1096, 915),
+    (WIDE, 594, 512, 1510, 1114),
+    (WIDE, 594, 1024, 1533, 1161),
+    (HALF_BILLION, 1890, 128, 2474, 2288),
+    (HALF_BILLION, 1890, 512, 2833, 2451),
+    (HALF_BILLION, 1890, 1024, 2870, 2513),
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, get_args
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,7 +22,7 @@ from tiny import randomise_adapter
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo import scorer as scorer_module
-from localdpo.dpo.forward import SharedForward
+from localdpo.dpo.budget import CALL_COST
 from localdpo.dpo.losses import LossSettings, PairLogps
 from localdpo.dpo.scorer import PairScorer, StepResult, split_by_tokens
 from localdpo.model import blas
@@ -100,7 +101,7 @@ def windows(draw: st.DrawFn) -> list[EncodedPair]:
     checkpoint=st.booleans(),
     path=st.sampled_from(["shared", "plain"]),
     lanes=st.sampled_from([1, 2, 3]),
-    remakes_attention=st.booleans(),
+    call_cost=st.sampled_from([9, CALL_COST["cpu"]]),
 )
 def test_any_window_equals_the_plainest_way(
     rows: list[EncodedPair],
@@ -110,22 +111,22 @@ def test_any_window_equals_the_plainest_way(
     checkpoint: bool,
     path: Any,
     lanes: int,
-    remakes_attention: bool,
+    call_cost: int,
 ) -> None:
     model, scorer = shared_model(), scorer_on(path, lanes)
     scorer.gradient_checkpointing, scorer.max_tokens = checkpoint, max_tokens
-    if isinstance(scorer._forward, SharedForward):
-        scorer._forward.remakes_attention = remakes_attention
-    reference = scorer.reference_logps(rows)
+    loss = settings_for(loss_type, rpo_alpha=rpo_alpha)
+    with patch.dict(CALL_COST, {"cpu": call_cost}):  # attention in one block, or in many
+        reference = scorer.reference_logps(rows)
+        policy = scorer.logps(rows)
+        step = scorer.loss_and_grad(rows, reference, loss)
     with adapters_off(model):
         exact_reference = oracles.pair_logps(model, rows)
-    policy, loss = scorer.logps(rows), settings_for(loss_type, rpo_alpha=rpo_alpha)
     exact = oracles.step(model, rows, reference, loss)
     for ours, theirs in ((reference, exact_reference), (policy, exact.policy)):
         for side, tokens in ((0, 2), (1, 3)):
             assert np.max(np.abs(ours[side] - theirs[side]) / theirs[tokens]) < 1e-5
             np.testing.assert_array_equal(ours[tokens], theirs[tokens])
-    step = scorer.loss_and_grad(rows, reference, loss)
     assert_step(step, exact)
     np.testing.assert_allclose(step.losses, oracles.losses(loss, exact.policy, reference), rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(step.policy.chosen, policy.chosen, rtol=1e-6, atol=1e-5)

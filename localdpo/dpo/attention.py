@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import accumulate, chain
+from math import log
 from typing import Any
 
 import mlx.core as mx
@@ -23,14 +25,15 @@ import mlx.nn as nn
 import numpy as np
 
 from localdpo.dpo import fastmath
-from localdpo.dpo.autograd import with_vjp
-from localdpo.dpo.budget import CALL_COST
+from localdpo.dpo.budget import CALL_COST, IN_FLIGHT
 from localdpo.dpo.packing import PackedBatch, Segment
+from localdpo.model.autograd import with_vjp
 from localdpo.model.device import on_cpu
 
 _ATTENTION = "scaled_dot_product_attention"
 _SWIGLU = "swiglu"
 _MASKED = -1e9
+LN_2 = log(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +46,17 @@ class Window:
 class LaneAttention:
     """What all layers have in common while one lane of a packed batch runs: who may look where, and in which calls."""
 
-    def __init__(self, batch: PackedBatch, *, fused: bool, frugal: bool = False, lane: int = 0) -> None:
-        """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU).
-
-        Ours keeps its weights for the gradient, as many as there is context a token; ``frugal`` makes them again,
-        as FlashAttention does (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
-        """
+    def __init__(self, batch: PackedBatch, *, fused: bool, lane: int = 0) -> None:
+        """``fused`` gives each block to MLX's own attention (GPU), otherwise to ours in float32 (CPU)."""
         self.batch = batch
         self.start, self.stop = batch.lanes[lane]
         self.fused = fused
-        self.frugal = frugal
         self.offset = mx.array(batch.positions[self.start : self.stop])
         self.heads = 0
-        self.bounds: list[int] = []
-        """Where what the blocks look at begins and ends, ascending."""
+        self._lanes = batch.lanes[: lane + 1]
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] = []
+        self._pieces: _Pieces | None = None
 
     def divide(self, heads: int) -> None:
         """Find the parts of the lane's tokens that an attention call takes; once for all layers."""
@@ -66,7 +64,13 @@ class LaneAttention:
             self.heads = heads
             cost = CALL_COST["gpu" if self.fused else "cpu"] // heads
             self._blocks = self.batch.blocks(cost, (self.start, self.stop))
-            self.bounds = sorted({place for block in self._blocks for span in _spans(block) for place in span})
+            self._pieces = _Pieces(self._lanes, self._blocks)
+
+    @property
+    def pieces(self) -> _Pieces:
+        """How keys and values of this lane and earlier ones fall apart; after :meth:`divide`."""
+        assert self._pieces is not None
+        return self._pieces
 
     def by_block(self, queries: mx.array) -> Iterator[tuple[Segment, mx.array]]:
         """Each block and its own of the lane's queries [..., T, D]."""
@@ -95,7 +99,6 @@ class PackedCache:
         self.offset = lane.offset
         self.handed = [array for cache in earlier for array in cache.kept]
         self.kept: list[mx.array] = []
-        self._starts = [cache.lane.start for cache in earlier]
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window | None:
         """Mlx-lm's hook; causality is known from the segments, so only a window is worth passing on."""
@@ -119,59 +122,87 @@ class PackedCache:
     ) -> mx.array:
         lane = self.lane
         queries, keys, values = (x.transpose(2, 1, 0, 3) for x in (queries, keys, values))
-        all_keys, all_values = self._keep(keys, values)
+        all_keys, all_values = map(lane.pieces.split, self._keep(keys, values))
         parts = []
         for block, own in lane.by_block(queries):
             mask = lane.mask(block, window, lambda allowed: allowed)
-            attend = mx.fast.scaled_dot_product_attention
-            parts.append(attend(own, all_keys.take(block), all_values.take(block), scale=scale, mask=mask))
+            its_keys, its_values = (_joined(lane.pieces.of(block, x), axis=-2) for x in (all_keys, all_values))
+            parts.append(mx.fast.scaled_dot_product_attention(own, its_keys, its_values, scale=scale, mask=mask))
         return _joined(parts).transpose(2, 1, 0, 3)
 
     def _attend_in_float32(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
     ) -> mx.array:
-        lane = self.lane
         size, heads, _, width = queries.shape
         kv_heads, dtype = keys.shape[1], queries.dtype
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
         # Query heads that share keys stand side by side, so each product is one larger matrix product.
-        queries = (queries.reshape(size, heads, width) * scale).transpose(1, 0, 2)
+        queries = (queries.reshape(size, heads, width) * (scale / LN_2)).transpose(1, 0, 2)
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         all_keys, all_values = self._keep(keys, values)
-        attend = _keeps_rows if lane.frugal else _keeps_weights
-        parts = []
-        for block, own in lane.by_block(queries):
-            mask = lane.mask(block, window, _penalties)
-            parts.append(attend(own, all_keys.take(block), all_values.take(block), mask)[0])
-        return _joined(parts).reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
+        attend = with_vjp(*_block_by_block(self.lane, window))
+        out: mx.array = attend(queries, *all_keys, *all_values)[0]
+        return out.reshape(heads, size, -1).transpose(1, 0, 2)[:, :, None].astype(dtype)
 
-    def _keep(self, keys: mx.array, values: mx.array) -> tuple[_Pieces, _Pieces]:
-        """Keep the lane's own for later lanes; all that the blocks look at, earlier lanes' included."""
+    def _keep(self, keys: mx.array, values: mx.array) -> tuple[list[mx.array], list[mx.array]]:
+        """Keep the lane's own for later lanes; keys and values of all lanes up to this one."""
         self.kept = [keys, values]
-        starts = [*self._starts, self.lane.start]
-        all_keys, all_values = [*self.handed[0::2], keys], [*self.handed[1::2], values]
-        return _Pieces(starts, all_keys, self.lane.bounds), _Pieces(starts, all_values, self.lane.bounds)
+        return [*self.handed[0::2], keys], [*self.handed[1::2], values]
 
 
 class _Pieces:
-    """Keys or values in pieces between bounds: the gradient of a piece is no larger than the piece."""
+    """Keys or values of some lanes in pieces, of which a block looks at all or nothing.
 
-    def __init__(self, starts: Sequence[int], arrays: Sequence[mx.array], bounds: Sequence[int]) -> None:
-        """``arrays`` [..., n, D] begin at the tokens ``starts`` and follow one another."""
-        self._at: list[tuple[int, mx.array]] = []
-        for start, array in zip(starts, arrays, strict=True):
-            stop = start + array.shape[-2]
-            inside = [bound for bound in bounds if start < bound < stop]
-            pieces = _split(array, [bound - start for bound in (*inside, stop)])
-            self._at += zip((start, *inside), pieces, strict=True)
+    The gradient of a piece is no larger than the piece.
+    """
 
-    def take(self, block: Segment) -> mx.array:
-        """Those of a block's context and its own."""
-        return _joined(
-            [piece for low, high in _spans(block) for start, piece in self._at if low <= start < high], axis=-2
-        )
+    def __init__(self, lanes: Sequence[tuple[int, int]], blocks: Sequence[Segment]) -> None:
+        bounds = {place for block in blocks for span in _spans(block) for place in span}
+        self._cuts = [[*sorted(place for place in bounds if start < place < stop), stop] for start, stop in lanes]
+        self._lanes = lanes
+        stops = list(chain(*self._cuts))  # lanes follow one another
+        self._starts = [0, *stops[:-1]]
+        self._sizes = [stop - start for start, stop in zip(self._starts, stops, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def split(self, arrays: Sequence[mx.array]) -> list[mx.array]:
+        """The pieces of the lanes' ``arrays`` [..., n, D]."""
+        cuts = [[cut - start for cut in cuts] for (start, _), cuts in zip(self._lanes, self._cuts, strict=True)]
+        return [piece for array, stops in zip(arrays, cuts, strict=True) for piece in _split(array, stops)]
+
+    def numbers(self, block: Segment) -> list[int]:
+        """Which pieces are a block's context and its own."""
+        return [
+            number for low, high in _spans(block) for number, start in enumerate(self._starts) if low <= start < high
+        ]
+
+    def of(self, block: Segment, pieces: Sequence[mx.array]) -> list[mx.array]:
+        """Those of ``pieces`` that the block looks at."""
+        return [pieces[number] for number in self.numbers(block)]
+
+    def add(self, totals: dict[int, mx.array], block: Segment, part: mx.array) -> list[mx.array]:
+        """Add ``part`` [..., m, D], a row for each row that the block looks at, to the pieces' ``totals``."""
+        numbers = self.numbers(block)
+        parts = _split(part, list(accumulate(self._sizes[number] for number in numbers)))
+        for number, own in zip(numbers, parts, strict=True):
+            totals[number] = totals[number] + own if number in totals else own
+        return [totals[number] for number in numbers]
+
+    def joined(self, totals: dict[int, mx.array], like: Sequence[mx.array]) -> list[mx.array]:
+        """The lanes' arrays again, shaped as ``like``; zeros where no block looks."""
+        arrays, number = [], 0
+        for array, cuts in zip(like, self._cuts, strict=True):
+            parts = []
+            for own in range(number, number + len(cuts)):
+                shape = (*array.shape[:-2], self._sizes[own], array.shape[-1])
+                parts.append(totals[own] if own in totals else mx.zeros(shape, array.dtype))
+            arrays.append(_joined(parts, axis=-2))
+            number += len(cuts)
+        return arrays
 
 
 def _split(x: mx.array, stops: Sequence[int]) -> list[mx.array]:
@@ -192,41 +223,64 @@ def _spans(block: Segment) -> tuple[tuple[int, int], ...]:
     return (*block.ancestors, (block.start, block.stop))
 
 
-def _weights_forward(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
-    """queries [K, G, n, D] scaled, keys, values [K, m, D], mask [n, m] -> out [K, G, n, D], weights [K, G*n, m]."""
-    scores = _scores(queries, keys, mask)
-    weights = fastmath.exp(scores - mx.max(scores, axis=-1, keepdims=True))
-    weights = weights * mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
-    weights = _flat(weights)
-    return (weights @ values).reshape(*queries.shape[:3], -1), weights
+def _block_by_block(lane: LaneAttention, window: int | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Attention of a lane and its gradient, a few blocks at a time.
+
+    A block waits for an earlier one, so that few blocks' scores are alive: left to MLX all would be begun together. The
+    weights are not kept. The backward pass makes them again from two numbers a row, as FlashAttention does (Dao et al.
+    2022, arXiv:2205.14135, algorithm 4). They are 2**(score - top) * scale, with ``scale`` multiplied into what has
+    one row a query rather than into the scores.
+    """
+    pieces, count = lane.pieces, len(lane.pieces)
+
+    def forward(queries: mx.array, *context: mx.array) -> list[mx.array]:
+        """queries [K, G, n, D], keys and values [K, m, D] of every lane -> out [K, G, n, D], top and scale [.., 1]."""
+        keys, values = pieces.split(context[:count]), pieces.split(context[count:])
+        rows: list[tuple[mx.array, mx.array, mx.array]] = []
+        for block, own in lane.by_block(queries):
+            own = _after(own, [rows[-IN_FLIGHT][0]] if len(rows) >= IN_FLIGHT else [])
+            scores = _scores(own, _joined(pieces.of(block, keys), 1), lane.mask(block, window, _penalties))
+            top = mx.max(scores, axis=-1, keepdims=True)
+            weights = fastmath.exp2(scores - top)
+            scale = mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
+            out = _flat(weights) @ _joined(pieces.of(block, values), 1)
+            rows.append((out.reshape(*own.shape[:3], -1) * scale, top, scale))
+        return [_joined(list(parts)) for parts in zip(*rows, strict=True)]
+
+    def backward(
+        primals: tuple[mx.array, ...], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
+    ) -> list[mx.array]:
+        queries, *context = primals
+        into_out, (out, top, scale) = cotangents[0], outputs
+        all_keys, all_values = context[:count], context[count:]
+        # Softmax's gradient needs sum(weights * into_weights) a row, which equals sum(out * into_out). It is taken
+        # away within the product, by a column more.
+        into_out = into_out * scale
+        along = mx.sum(into_out * out, axis=-1, keepdims=True)
+        into_weights = mx.concatenate([into_out, -along], axis=-1) * LN_2
+        ones = [mx.concatenate([x, mx.ones((*x.shape[:2], 1))], axis=2) for x in all_values]
+        keys, values = pieces.split(all_keys), pieces.split(ones)
+        into_keys: dict[int, mx.array] = {}
+        into_values: dict[int, mx.array] = {}
+        into_queries: list[mx.array] = []
+        blocks = zip(*(lane.by_block(x) for x in (queries, top, into_out, into_weights)), strict=True)
+        for (block, own), (_, its_top), (_, its_out), (_, its_weights) in blocks:
+            own = _after(own, [into_queries[-IN_FLIGHT] if len(into_queries) >= IN_FLIGHT else into_out])
+            its_keys, its_values = (_joined(pieces.of(block, x), 1) for x in (keys, values))
+            scores = _scores(own, its_keys, lane.mask(block, window, _penalties))
+            weights = _flat(fastmath.exp2(scores - its_top))
+            added = pieces.add(into_values, block, weights.swapaxes(1, 2) @ _flat(its_out))
+            into_scores = weights * (_flat(its_weights) @ its_values.swapaxes(1, 2))
+            added += pieces.add(into_keys, block, into_scores.swapaxes(1, 2) @ _flat(own))
+            into_queries.append(_after((into_scores @ its_keys).reshape(own.shape), added))
+        return [_joined(into_queries), *pieces.joined(into_keys, all_keys), *pieces.joined(into_values, all_values)]
+
+    return forward, backward
 
 
-def _weights_backward(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
-) -> tuple[mx.array, ...]:
-    return _attention_gradient(primals, cotangents[0], *outputs)
-
-
-def _rows_forward(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Like :func:`_weights_forward`, with a row's top and scale in place of its weights exp(scores - top) * scale."""
-    scores = _scores(queries, keys, mask)
-    top = mx.max(scores, axis=-1, keepdims=True)
-    weights = fastmath.exp(scores - top)
-    scale = mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
-    return (_flat(weights * scale) @ values).reshape(*queries.shape[:3], -1), top, scale
-
-
-def _rows_backward(
-    primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, mx.array, mx.array]
-) -> tuple[mx.array, ...]:
-    queries, keys, _, mask = primals
-    out, top, scale = outputs
-    # Not before the gradient is here, or weights of all layers would lie ready and wait for it.
-    queries, keys = mx.depends([queries, keys], [cotangents[0]])
-    weights = _flat(fastmath.exp(_scores(queries, keys, mask) - top) * scale)
-    return _attention_gradient(primals, cotangents[0], out, weights)
+def _after(x: mx.array, others: list[mx.array]) -> mx.array:
+    """``x``, which is not there before ``others`` are."""
+    return mx.depends([x], others)[0] if others else x
 
 
 def _scores(queries: mx.array, keys: mx.array, mask: mx.array) -> mx.array:
@@ -236,24 +290,6 @@ def _scores(queries: mx.array, keys: mx.array, mask: mx.array) -> mx.array:
 def _flat(x: mx.array) -> mx.array:
     """[K, G, n, m] -> [K, G*n, m]."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _attention_gradient(
-    primals: tuple[mx.array, ...], into_out: mx.array, out: mx.array, weights: mx.array
-) -> tuple[mx.array, ...]:
-    queries, keys, values, mask = primals
-    # Softmax's gradient needs sum(weights * into_weights) a row, which equals sum(out * into_out).
-    along = mx.sum(into_out * out, axis=-1)
-    into_out = _flat(into_out)
-    into_values = weights.swapaxes(1, 2) @ into_out
-    into_scores = weights * (into_out @ values.swapaxes(1, 2) - along.reshape(*into_out.shape[:2], 1))
-    into_queries = (into_scores @ keys).reshape(queries.shape)
-    into_keys = into_scores.swapaxes(1, 2) @ _flat(queries)
-    return into_queries, into_keys, into_values, mx.zeros_like(mask)
-
-
-_keeps_weights = with_vjp(_weights_forward, _weights_backward)
-_keeps_rows = with_vjp(_rows_forward, _rows_backward)
 
 
 def install(model: nn.Module, *, fast_activations: bool) -> None:

@@ -22,6 +22,11 @@ On a CPU some 65 small operations, about 0.5 ms, measured. On a GPU some ten ker
 computes some 20 scores a nanosecond: reckoned from launch times and peak rates, not measured (docs/decisions/0004).
 """
 
+IN_FLIGHT = 4
+"""Blocks of a lane's attention that may be under way at once on a CPU (docs/decisions/0007). With one, streams wait for
+each other a quarter of the time: MLX hands out some ten operations ahead in all. With all of them, memory holds the
+scores of the whole lane."""
+
 
 def mode_of(device: str, memory: str) -> Mode:
     """The mode of a loaded model, by its ``device`` and ``memory``."""
@@ -31,11 +36,3 @@ def mode_of(device: str, memory: str) -> Mode:
 def tokens_alive(mode: Mode, longest: int) -> int:
     """Tokens whose activations are there at once where there is no end of pairs with ``longest`` tokens."""
     return longest * max(1, MICRO_BATCH_TOKENS[mode] // longest)
-
-
-def remakes_attention(mode: Mode, trained: int, layers: int) -> bool:
-    """Whether to make attention's weights again for the gradient instead of keeping them, for some 7 % more time.
-
-    Where most layers are trained, what they keep is most of the memory; where few are, the base is.
-    """
-    return mode == "lean" or 2 * trained > layers

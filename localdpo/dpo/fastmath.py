@@ -6,10 +6,13 @@ fast, at a relative error below 4e-6 for arguments down to -87. Not for a GPU, a
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import mlx.core as mx
 import numpy as np
 
-from localdpo.dpo.autograd import with_vjp
+from localdpo.model.autograd import with_vjp
 
 _LOG2_E = 1.4426950408889634
 # Adding and taking away 1.5 * 2**23 rounds a float32 to the nearest integer, which stands in the low bits of the sum.
@@ -27,16 +30,41 @@ def _two_to_the_fraction() -> list[float]:
 _COEFFICIENTS = _two_to_the_fraction()
 
 
-def exp(x: mx.array) -> mx.array:
-    """e**x for float32 x <= 88, any shape; below -87 the result is about 1e-38, not 0. No gradient."""
-    y = mx.maximum(x * _LOG2_E, _SMALLEST_EXPONENT)
-    rounded = y + _ROUND
-    fraction = y - (rounded - _ROUND)
-    power = fraction * _COEFFICIENTS[-1] + _COEFFICIENTS[-2]
-    for coefficient in reversed(_COEFFICIENTS[:-2]):
+class _Constants(NamedTuple):
+    """The constants of :func:`exp2`, each broadcast to a shape; coefficients highest degree first."""
+
+    smallest_exponent: mx.array
+    round: mx.array
+    exponent_shift: mx.array
+    coefficients: list[mx.array]
+
+
+@lru_cache(maxsize=256)
+def _constants(shape: tuple[int, ...]) -> _Constants:
+    """Made once a shape: a number in a formula costs an operation more, which broadcasts it, every time."""
+    numbers = (_SMALLEST_EXPONENT, _ROUND, *reversed(_COEFFICIENTS))
+    smallest, rounding, *coefficients = (mx.broadcast_to(mx.array(x, mx.float32), shape) for x in numbers)
+    shift = mx.broadcast_to(mx.array(23, mx.int32), shape)
+    mx.eval(smallest, rounding, shift, coefficients)
+    return _Constants(smallest, rounding, shift, coefficients)
+
+
+def exp2(x: mx.array) -> mx.array:
+    """2**x for float32 x <= 127, any shape; below -126 the result is about 1e-38, not 0. No gradient."""
+    c = _constants(x.shape)
+    y = mx.maximum(x, c.smallest_exponent)
+    rounded = y + c.round
+    fraction = y - (rounded - c.round)
+    power = fraction * c.coefficients[0] + c.coefficients[1]
+    for coefficient in c.coefficients[2:]:
         power = power * fraction + coefficient
     # 2**n is an addition to the exponent bits; the shift drops the bits of _ROUND itself.
-    return (power.view(mx.int32) + (rounded.view(mx.int32) << 23)).view(mx.float32)
+    return (power.view(mx.int32) + (rounded.view(mx.int32) << c.exponent_shift)).view(mx.float32)
+
+
+def exp(x: mx.array) -> mx.array:
+    """e**x for float32 x <= 88, any shape; below -87 the result is about 1e-38, not 0. No gradient."""
+    return exp2(x * _LOG2_E)
 
 
 def sigmoid(x: mx.array) -> mx.array:

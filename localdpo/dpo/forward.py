@@ -22,7 +22,8 @@ from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
 from localdpo.dpo.attention import LaneAttention, PackedCache, install
 from localdpo.dpo.packing import PackedBatch, pack, sequence_of
-from localdpo.dpo.recompute import StandIn, is_gated_mlp, keeping
+from localdpo.dpo.recompute import is_gated_mlp, keeping
+from localdpo.dpo.standin import StandIn
 from localdpo.dpo.trunk import TrunkCache, gather, scatter
 from localdpo.model.device import on_cpu
 from localdpo.model.frozen import linear_dims
@@ -79,8 +80,6 @@ class SharedForward:
         self.streams = streams
         self.trunk: TrunkCache | None = None
         self.cut = 0
-        self.remakes_attention = False
-        """Whether the backward pass makes attention's weights again (``PackedCache``). The numbers stay the same."""
         self._gated = {id(layer) for layer in anatomy.layers if is_gated_mlp(layer)}
         self._at_hand: dict[str, np.ndarray] = {}
         self._fused = not on_cpu()
@@ -201,7 +200,7 @@ class SharedForward:
         traced: list[list[PackedCache]] = []
         for number, (lane, stream) in enumerate(zip(batch.lanes, self.streams, strict=False)):
             with mx.stream(stream):
-                common = LaneAttention(batch, fused=self._fused, frugal=self.remakes_attention, lane=number)
+                common = LaneAttention(batch, fused=self._fused, lane=number)
                 caches = [
                     PackedCache(common, [earlier[index] for earlier in traced])
                     for index in range(len(self.anatomy.layers))

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from localdpo.dpo import fastmath
-from localdpo.dpo.autograd import with_vjp
+from localdpo.model.autograd import with_vjp
 from localdpo.model.device import on_cpu
 from localdpo.model.frozen import linear_dims
 

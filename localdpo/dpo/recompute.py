@@ -18,7 +18,8 @@ import mlx.nn as nn
 import numpy as np
 
 from localdpo.dpo.attention import PackedCache
-from localdpo.dpo.autograd import on_this_stream, with_vjp
+from localdpo.dpo.standin import StandIn, Trainable, replaced
+from localdpo.model.autograd import on_this_stream, with_vjp
 from localdpo.model.frozen import linear_dims
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -26,16 +27,6 @@ _ACTIVATION = "swiglu"
 _MLP = "mlp"
 
 Activation = Callable[[mx.array, mx.array], mx.array]
-
-
-class StandIn:
-    """Takes a layer's place in the body, and answers as the layer for all that it does not do itself."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
 
 class InOrder(StandIn):
@@ -50,32 +41,18 @@ class InOrder(StandIn):
         """``stand_in`` is called for ``layer``; it may be the layer itself."""
         super().__init__(layer)
         self._stand_in = stand_in
-        self._places = _trainable_places(layer)
+        self._trainable = Trainable(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run what stands in for the layer."""
-        if not self._places or not args or not isinstance(args[0], mx.array):
+        if not self._trainable or not args or not isinstance(args[0], mx.array):
             return self._stand_in(*args, **kwargs)
-        outside = [module[name] for module, name in self._places]
+        outside = self._trainable.get()
         hidden, *inside = _gate(args[0], *outside)
-        self._put(inside)
+        self._trainable.put(inside)
         out = self._stand_in(hidden, *args[1:], **kwargs)
-        self._put(outside)
+        self._trainable.put(outside)
         return out
-
-    def _put(self, arrays: Sequence[mx.array]) -> None:
-        for (module, name), array in zip(self._places, arrays, strict=True):
-            module[name] = array
-
-
-def _trainable_places(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the layer's trainable arrays are. As a tree, with names, they take several times as long to change."""
-    return [
-        (module, name)
-        for module in layer.modules()
-        for name, value in module.items()
-        if isinstance(value, mx.array) and name not in module._no_grad and not name.startswith("_")
-    ]
 
 
 def _gate_backward(primals: Any, cotangents: list[mx.array], outputs: Any) -> list[mx.array]:
@@ -97,16 +74,17 @@ class Checkpointed(StandIn):
     def __init__(self, layer: nn.Module, cache: PackedCache | None = None) -> None:
         super().__init__(layer)
         self._cache = cache
+        self._trainable = Trainable(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
-        layer, cache = self._layer, self._cache
-        outside = layer.trainable_parameters()
+        layer, cache, trainable = self._layer, self._cache, self._trainable
+        outside = trainable.get()
         handed = cache.handed if cache is not None else []
         seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if _drops_out(layer) else None
 
-        def inner(parameters: Any, handed: list[mx.array], args: Any, kwargs: Any) -> Any:
-            layer.update(parameters)
+        def inner(inside: list[mx.array], handed: list[mx.array], args: Any, kwargs: Any) -> Any:
+            trainable.put(inside)
             if cache is not None:
                 cache.handed = handed
             with _random_from(seed):
@@ -114,7 +92,7 @@ class Checkpointed(StandIn):
             return out, cache.kept if cache is not None else []
 
         out, kept = mx.checkpoint(on_this_stream(inner))(outside, handed, args, kwargs)
-        layer.update(outside)
+        trainable.put(outside)
         if cache is not None:
             cache.handed, cache.kept = handed, kept
         return out
@@ -144,13 +122,8 @@ class Frugal(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
-        layer = self._layer
-        mlp = layer[_MLP]
-        layer[_MLP] = _GatedMLP(mlp)
-        try:
-            return layer(*args, **kwargs)
-        finally:
-            layer[_MLP] = mlp
+        with replaced(self._layer, {_MLP: _GatedMLP(self._layer[_MLP])}):
+            return self._layer(*args, **kwargs)
 
 
 def keeping(

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from localdpo.data.encode import EncodedPair
-from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of, remakes_attention
+from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of
 from localdpo.dpo.divergence import token_kl
 from localdpo.dpo.forward import Path, SharedForward, choose_forward
 from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
@@ -90,9 +90,6 @@ class PairScorer:
         self._streams = core_streams(CPU_STREAMS[mode])
         with blas_threads_within(1), _evaluating(model):
             self._forward, self.path_reason = choose_forward(model, path, self._streams)
-        if isinstance(self._forward, SharedForward):
-            layers = self._forward.anatomy.layers
-            self._forward.remakes_attention = remakes_attention(mode, sum(map(_trains, layers)), len(layers))
 
     @property
     def path(self) -> Path:

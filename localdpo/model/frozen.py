@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from localdpo.model.autograd import with_vjp
 from localdpo.model.blas import blas_threads
 
 CpuMemory = Literal["fast", "lean"]
@@ -105,22 +106,20 @@ def frozen_matmul(x: mx.array, dense: _Dense, rows: int, chunk: int) -> mx.array
     """
     bounds = [(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
 
-    @mx.custom_function
     def product(x: mx.array) -> mx.array:
         parts: list[mx.array] = []
         for start, stop in bounds:
             parts.append(x @ dense(start, stop, parts[-1] if parts else x).T)
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
-    def vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    def into_x(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
         total: mx.array | None = None
         for start, stop in bounds:
             part = cotangent[..., start:stop] @ dense(start, stop, cotangent if total is None else total)
             total = part if total is None else total + part
         return cast(mx.array, total)
 
-    product.vjp(vjp)
-    return cast(mx.array, product(x))
+    return cast(mx.array, with_vjp(product, into_x)(x))
 
 
 def row_block(rows: int, columns: int) -> int:

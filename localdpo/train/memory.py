@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt
 from typing import Any, Literal, Protocol
 
-from localdpo.dpo.budget import CALL_COST, Mode, remakes_attention, tokens_alive
+from localdpo.dpo.budget import CALL_COST, Mode, tokens_alive
 
 Verdict = Literal["safe", "tight", "too big"]
 
@@ -188,14 +188,12 @@ def estimate_memory(
     dense: bool = False,
     compute_bytes: int = 2,
     checkpointing: bool = False,
-    frugal: bool = False,
     weight_bytes: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a DPO step with ``trainable`` adapter weights in the top ``lora_layers`` blocks.
 
     ``stored_bits`` a weight as the base is stored (4.5: four bits with a scale and bias for 64),
     ``dense``: held as float32 instead (the fast path of a CPU); ``compute_bytes`` of one activation.
-    ``frugal``: less is kept for the backward pass (``dpo.budget.keeps_little``).
     ``weight_bytes`` is the base as it was measured, where it is loaded already.
     """
     if weight_bytes is None:
@@ -205,7 +203,7 @@ def estimate_memory(
         weights=weight_bytes,
         adapters=2 * 4 * trainable,  # float32, and as many gradients
         optimizer=2 * 4 * trainable,
-        activations=_activations(shape, workload, trained, checkpointing, frugal) * compute_bytes,
+        activations=_activations(shape, workload, trained, checkpointing) * compute_bytes,
         # Logits, their exponentials and the rows of the head they are made with, a tile at a time.
         logits=4 * 4 * min(workload.head_tile, workload.tokens * shape.vocab),
         caches=_at_work(shape, workload) * compute_bytes,
@@ -231,12 +229,11 @@ def estimate_step(
         lora_layers=lora_layers,
         compute_bytes=2 if mode == "gpu" else 4,
         checkpointing=checkpointing,
-        frugal=remakes_attention(mode, shape.layers if lora_layers is None else lora_layers, shape.layers),
         weight_bytes=weight_bytes,
     )
 
 
-def _activations(shape: ModelShape, workload: Workload, trained: int, checkpointing: bool, frugal: bool) -> int:
+def _activations(shape: ModelShape, workload: Workload, trained: int, checkpointing: bool) -> int:
     """Numbers that the trained blocks keep for the backward pass.
 
     With checkpointing a block keeps its input, and the keys and values that streams exchange. What a token keeps was
@@ -246,9 +243,7 @@ def _activations(shape: ModelShape, workload: Workload, trained: int, checkpoint
     if checkpointing:
         kept = shape.hidden + 2 * shape.kv_heads * shape.head_dim
     else:
-        scores = shape.heads * workload.context
-        # Causal: on average a token attends to half of its context. Made again, a row of scores leaves two numbers.
-        kept = _narrow(shape) + 5 * shape.intermediate // 2 + scores // (12 if frugal else 2)
+        kept = _narrow(shape) + 5 * shape.intermediate // 2 + 2 * shape.heads
     return trained * kept * workload.tokens
 
 
