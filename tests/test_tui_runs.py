@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from localdpo_tui.places import runs as place
 from localdpo_tui.services import trainer
@@ -47,6 +49,27 @@ async def test_two_runs_are_compared_and_one_is_kept(tmp_path, size):
         assert read_kept(tmp_path / "runs").current == "second"
         await pilot.press("space")
         await seen(pilot, "★A second")
+
+
+@piloted
+async def test_charts_that_are_gone_when_the_curves_are_read_are_no_error(tmp_path, monkeypatch):
+    """As on leaving the app: widgets are taken down while a thread reads."""
+    make_run(tmp_path / "runs" / "first")
+    reading, gone = threading.Event(), threading.Event()
+    read = place.RunsPlace._read_curves
+
+    def slow(self, path):
+        reading.set()
+        assert gone.wait(20)
+        return read(self, path)
+
+    monkeypatch.setattr(place.RunsPlace, "_read_curves", slow)
+    async with started(tmp_path, place="runs") as (app, pilot):
+        await until(pilot, reading.is_set)
+        await app.screen.query_one("#charts").remove()
+        gone.set()
+        await app.workers.wait_for_complete()
+        assert app._exception is None
 
 
 @piloted

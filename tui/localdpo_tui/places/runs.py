@@ -135,7 +135,7 @@ class RunsPlace(Place):
         rows, kept = await asyncio.to_thread(
             lambda: (run_list.read_rows(self.runs_folder), read_kept(self.runs_folder))
         )
-        if (rows, kept) != (self.rows, self.kept) or not self.rows:
+        if self.query(DataTable) and ((rows, kept) != (self.rows, self.kept) or not self.rows):
             self.rows, self.kept = rows, kept
             self.marked = [path for path in self.marked if any(row.path == path for row in rows)]
             self._show_table()
@@ -212,7 +212,8 @@ class RunsPlace(Place):
         pane.border_title = Content("A and B" if len(marked) == 2 else one_line(shown[0].name if shown else "Details"))
         self.query_one("#said", Static).update(Content("\n").join(details))
         found = [await asyncio.to_thread(self._read_curves, row.path) for row in shown]
-        await self.query_one("#charts", ChartGrid).replace(run_list.compared(found) if found else [])
+        for charts in self.query("#charts").results(ChartGrid):  # none where the screen was taken down meanwhile
+            await charts.replace(run_list.compared(found) if found else [])
 
     def _read_curves(self, path: Path) -> Curves:
         run = RunFolder(path)
