@@ -44,8 +44,8 @@ def shared_model() -> nn.Module:
 
 @cache
 def scorer_on(path: Any, lanes: int = 2) -> PairScorer:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorer_module, "core_streams", lambda most: lane_streams(lanes))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(scorer_module, "core_streams", lambda most: lane_streams(lanes))
         return PairScorer(shared_model(), path=path)
 
 

@@ -160,33 +160,32 @@ class _Pieces:
 
     def __init__(self, lanes: Sequence[tuple[int, int]], blocks: Sequence[Segment]) -> None:
         bounds = {place for block in blocks for span in _spans(block) for place in span}
-        self._cuts = [[*sorted(place for place in bounds if start < place < stop), stop] for start, stop in lanes]
-        self._lanes = lanes
-        stops = list(chain(*self._cuts))  # lanes follow one another
-        self._starts = [0, *stops[:-1]]
-        self._sizes = [stop - start for start, stop in zip(self._starts, stops, strict=True)]
+        cuts = [[*sorted(place for place in bounds if start < place < stop), stop] for start, stop in lanes]
+        self._cuts = [[place - start for place in inside] for (start, _), inside in zip(lanes, cuts, strict=True)]
+        stops = list(chain(*cuts))  # lanes follow one another
+        starts = [0, *stops[:-1]]
+        self._sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        self._seen = {
+            block.start: [
+                number for low, high in _spans(block) for number, start in enumerate(starts) if low <= start < high
+            ]
+            for block in blocks
+        }
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return len(self._cuts)
 
     def split(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """The pieces of the lanes' ``arrays`` [..., n, D]."""
-        cuts = [[cut - start for cut in cuts] for (start, _), cuts in zip(self._lanes, self._cuts, strict=True)]
-        return [piece for array, stops in zip(arrays, cuts, strict=True) for piece in _split(array, stops)]
-
-    def numbers(self, block: Segment) -> list[int]:
-        """Which pieces are a block's context and its own."""
-        return [
-            number for low, high in _spans(block) for number, start in enumerate(self._starts) if low <= start < high
-        ]
+        return [piece for array, stops in zip(arrays, self._cuts, strict=True) for piece in _split(array, stops)]
 
     def of(self, block: Segment, pieces: Sequence[mx.array]) -> list[mx.array]:
         """Those of ``pieces`` that the block looks at."""
-        return [pieces[number] for number in self.numbers(block)]
+        return [pieces[number] for number in self._seen[block.start]]
 
     def add(self, totals: dict[int, mx.array], block: Segment, part: mx.array) -> list[mx.array]:
         """Add ``part`` [..., m, D], a row for each row that the block looks at, to the pieces' ``totals``."""
-        numbers = self.numbers(block)
+        numbers = self._seen[block.start]
         parts = _split(part, list(accumulate(self._sizes[number] for number in numbers)))
         for number, own in zip(numbers, parts, strict=True):
             totals[number] = totals[number] + own if number in totals else own
