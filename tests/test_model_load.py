@@ -80,6 +80,14 @@ def test_lean_keeps_what_is_stored(tmp_path: Path) -> None:
     assert half.model.norm.weight.dtype == mx.float32
 
 
+def test_lean_gives_freed_memory_back_at_once(tmp_path: Path) -> None:
+    mx.set_cache_limit(32 << 20)
+    model = load_model(str(tiny.tiny_model(tmp_path / "q", quantize=4)), memory="lean").model
+    mx.clear_cache()
+    mx.eval(model(IDS))
+    assert mx.get_cache_memory() == 0
+
+
 def test_lean_never_holds_a_whole_dense_head() -> None:
     head = frozen._lean_layer(nn.QuantizedEmbedding(16384, 512, 64, 4))
     assert head is not None

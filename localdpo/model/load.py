@@ -25,7 +25,7 @@ from localdpo.data.encode import check_template
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.files import write_json
 from localdpo.model.blas import enable_fast_blas
-from localdpo.model.device import on_cpu, prepare_device
+from localdpo.model.device import keep_no_freed_buffers, on_cpu, prepare_device
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.resolve import ModelSource, Notify, resolve_model
 from localdpo.model.safety import ModelFiles, TensorEntry, check_model_folder
@@ -243,6 +243,8 @@ def _place(
         mx.eval(model.parameters())
         return "native"
     chosen = choose_memory(parameters, memory)
+    if chosen == "lean":
+        keep_no_freed_buffers()
     compute_in_float32(model, chosen)
     return chosen
 
