@@ -16,7 +16,7 @@ import pytest
 import localdpo
 
 PACKAGE = Path(localdpo.__file__).parent
-LAYERS = ("", "data", "model", "dpo", "train", "evaluate", "report", "export", "serve", "console", "cli")
+LAYERS = ("", "data", "model", "dpo", "train", "evaluate", "report", "export", "serve", "console", "commands", "cli")
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch"}
 MAY_IMPORT_MLX = {"model", "dpo", "train", "evaluate", "export", "serve"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
