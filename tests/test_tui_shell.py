@@ -7,12 +7,14 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from localdpo_tui.actions import registered
 from localdpo_tui.app import LocalDPOApp
 from localdpo_tui.preferences import load_preferences
+from localdpo_tui.screens import difference
 from localdpo_tui.screens.help import HelpScreen
 from localdpo_tui.screens.jump import JumpScreen
 from localdpo_tui.widgets.footer import FooterLine
@@ -117,6 +119,25 @@ async def test_problems_are_sentences_and_inert(folder: Path):
         app.notify_problem(RuntimeError("oops"))
         await seen(pilot, "report it")
         assert "Traceback" not in screen_text(app)
+
+
+async def test_what_a_dialog_reads_ends_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(*_):
+        reading.set()
+        assert go_on.wait(20)
+        return []
+
+    monkeypatch.setattr(difference, "merged", slow)
+    async with started(folder) as (app, pilot):
+        await app.push_screen(difference.DifferenceScreen("one", "two"))
+        await until(pilot, reading.is_set)
+        (worker,) = (worker for worker in app.workers if worker.node is app.screen)
+        app.screen.dismiss()
+        assert worker.is_cancelled  # before a widget is gone
+        go_on.set()
+        await seen(pilot, "3 pairs")
 
 
 def test_action_ids_and_helps_are_whole():

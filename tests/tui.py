@@ -41,6 +41,7 @@ async def started(
         try:
             yield app, pilot
         finally:
+            app.workers.cancel_all()  # as a real exit does, before it takes down the widgets that they look for
             for place in app.places():
                 place.close()
 

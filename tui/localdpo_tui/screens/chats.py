@@ -10,11 +10,11 @@ from textual import on, work
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import ReadingModal
 from localdpo_tui.services.chats import matching
 from localdpo_tui.services.conversation import Chat
 from localdpo_tui.shown import one_line
@@ -25,7 +25,7 @@ __all__ = ["ChatsScreen"]
 SHOWN = 200
 
 
-class ChatsScreen(ModalScreen[Chat | None]):
+class ChatsScreen(ReadingModal[Chat | None]):
     """Dismissed with the chosen chat, or None."""
 
     HELP = "Type words that were said in the chat; the arrows choose, Enter opens, Esc leaves."

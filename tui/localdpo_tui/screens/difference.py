@@ -8,19 +8,19 @@ from typing import ClassVar
 from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from localdpo.data.worddiff import Piece, merged
 from localdpo.text import sanitise
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import ReadingModal
 
 __all__ = ["DifferenceScreen"]
 
 _LOOKS = {"first": ("[+", "+]", "bold underline $text-success"), "second": ("[-", "-]", "strike $text-error")}
 
 
-class DifferenceScreen(ModalScreen[None]):
+class DifferenceScreen(ReadingModal[None]):
     """Opened over the editor; Esc closes it."""
 
     CSS_PATH = "difference.tcss"

@@ -13,11 +13,11 @@ from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import ReadingModal
 from localdpo_tui.shown import inert, one_line
 from localdpo_tui.widgets.safe_input import SafeInput
 
@@ -26,7 +26,7 @@ __all__ = ["FileDialog"]
 _SHOWN = 200
 
 
-class FileDialog(ModalScreen[Path | None]):
+class FileDialog(ReadingModal[Path | None]):
     """Dismissed with a path, or None. Relative paths are in `folder`.
 
     Where `files` are given they are the choice; otherwise the folder's own files are, and folders can be entered.
