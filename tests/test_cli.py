@@ -110,8 +110,12 @@ def test_chat_with_a_folder_that_is_no_run(tmp_path: Path):
     assert "no run folder" in result.stderr
 
 
-def test_chat_with_an_adapter_needs_its_model(tmp_path: Path):
+def test_chat_with_an_adapter_that_does_not_say_its_model_needs_it(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    result = localdpo("chat", str(tmp_path), "-p", "hi")
+    assert result.exit_code == 2
+    assert "has no adapters.safetensors" in result.stderr
+    (tmp_path / "adapters.safetensors").touch()
     result = localdpo("chat", str(tmp_path), "-p", "hi")
     assert result.exit_code == 2
     assert "--model" in result.stderr

@@ -85,6 +85,7 @@ def test_the_run_is_one_like_others_and_says_its_reference(base: Path, tmp_path:
     assert any("reference is the base without this adapter" in line for line in done.lines())
     target = find_target(run.path, None)  # what chat and serve load
     assert (target.model, target.adapter) == (str(base), run.adapter)
+    assert find_target(run.adapter, None) == target  # the adapter alone says its base too
     recipe = load_recipe(run.recipe_file, check_files=False)
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.num_layers) == (4, 2.0, 1)
     assert recipe.lora.target_modules == ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")

@@ -82,24 +82,10 @@ def find_target(run: Path | None, model: str | None) -> Target:
     """
     if run is None:
         return Target(model or DEFAULT_MODEL)
-    if (run / "adapter_config.json").is_file():
-        if model is None:
-            raise InputError(Problem(str(run), "an adapter alone does not say its model", "Name it with --model"))
-        return Target(model, run)
-    from localdpo.recipe import load_recipe
-    from localdpo.train.run import RunFolder
+    from localdpo.export.source import find_source
 
-    folder = RunFolder(run)
-    if not folder.recipe_file.is_file():
-        raise InputError(Problem(str(run), "this is no run folder", "`localdpo runs` lists those there are"))
-    if not (folder.adapter / "adapter_config.json").is_file():
-        status = folder.status()
-        state = f"it is {status.state} at step {status.step}" if status else "it has not begun"
-        raise InputError(
-            Problem(str(run), f"this run has no adapter yet: {state}", "Let it end, or resume it with --resume")
-        )
-    recipe = load_recipe(folder.recipe_file, check_files=False)
-    return Target(model or recipe.model, folder.adapter, recipe.quantize, recipe.train.memory)
+    source = find_source(run, model)
+    return Target(source.model, source.adapter, source.quantize, source.memory)
 
 
 def load(target: Target, sampling: Mapping[str, Any]) -> ModelSpeaker:

@@ -1,4 +1,4 @@
-"""What is exported: the adapter of a run, or an adapter folder, and the base it belongs to.
+"""What is exported, served and talked to: the adapter of a run, or an adapter folder, and the base it belongs to.
 
 Files and names only; nothing here reads a weight or loads mlx.
 """
@@ -19,7 +19,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapters.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter to export.
+    """An adapter, and what to load for it.
 
     ``path`` is what the user named, ``adapter`` the folder in mlx-lm's format, ``model`` the base as a recipe
     names it, ``quantize`` the bits it was packed into at load. ``run`` and ``recipe`` are None for a bare adapter.
@@ -59,7 +59,9 @@ def find_source(path: str | Path, model: str | None = None) -> Source:
     if not (run.adapter / ADAPTER_CONFIG).is_file():
         status = run.status()
         state = f"it is {status.state} at step {status.step}" if status else "it has not begun"
-        raise InputError(Problem(str(path), f"this run has no adapter yet: {state}", "Let it end first"))
+        raise InputError(
+            Problem(str(path), f"this run has no adapter yet: {state}", "Let it end, or resume it with --resume")
+        )
     recipe = load_recipe(run.recipe_file, check_files=False)
     return Source(path, run.adapter, model or recipe.model, recipe.quantize, recipe.train.memory, recipe, run)
 
