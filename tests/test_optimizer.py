@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.errors import DivergedError
@@ -50,6 +51,33 @@ def test_ten_steps_agree_with_float64(decay):
         optimizer.update({"weight": mx.array(gradient.astype(np.float32))}, norm=1.0, learning_rate=0.01)
     expected = _adamw(start, gradients, 0.01, decay=decay)
     np.testing.assert_allclose(np.array(model.weight), expected, atol=2e-6)
+
+
+def test_many_arrays_are_each_updated_as_if_alone():
+    rng = np.random.default_rng(1)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False), nn.Linear(2, 1))
+    model.layers[1].freeze()
+    model.layers[1].unfreeze(keys=["weight"])
+    model.layers[2].freeze()
+    named = dict(tree_flatten(model.trainable_parameters()))
+    start = {name: np.array(value) for name, value in named.items()}
+    gradients = [{name: rng.normal(size=value.shape) for name, value in start.items()} for _ in range(5)]
+    optimizer = AdapterOptimizer(model, TrainRecipe(weight_decay=0.1, max_grad_norm=None))
+    for step in gradients:
+        given = {name: mx.array(value.astype(np.float32)) for name, value in reversed(step.items())}  # by name
+        optimizer.update(given, norm=1.0, learning_rate=0.01)
+    after, state = dict(tree_flatten(model.trainable_parameters())), optimizer.state()
+    assert set(state) == {"step", "learning_rate", *(f"{name}.{moment}" for name in start for moment in "mv")}
+    for name, weight in start.items():
+        exact = _adamw(weight, [step[name] for step in gradients], 0.01, decay=0.1)
+        np.testing.assert_allclose(np.array(after[name]), exact, atol=2e-6)
+        assert state[f"{name}.m"].shape == weight.shape
+
+
+def test_the_norm_of_many_small_numbers_is_exact_to_float32():
+    values = np.random.default_rng(2).normal(0, 1e-3, 3_001_000).astype(np.float32)
+    norm = global_norm({"a": mx.array(values[:1000]), "b": mx.array(values[1000:].reshape(-1, 8))})
+    assert norm == pytest.approx(np.linalg.norm(values.astype(np.float64)), rel=1e-6)
 
 
 def test_first_update_is_the_learning_rate():

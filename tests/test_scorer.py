@@ -25,6 +25,7 @@ from localdpo.dpo import scorer as scorer_module
 from localdpo.dpo.budget import CALL_COST
 from localdpo.dpo.losses import LossSettings, PairLogps
 from localdpo.dpo.scorer import PairScorer, StepResult, split_by_tokens
+from localdpo.dpo.standin import Trainable
 from localdpo.model import blas
 from localdpo.model.device import lane_streams
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
@@ -307,6 +308,20 @@ def test_dropout_is_for_the_gradient_only() -> None:
         results.append(scorer.loss_and_grad(rows, reference, loss).loss)
     assert results[0] == results[1]
     assert abs(results[0] - results[2]) > 1e-4
+
+
+def test_trainable_arrays_by_place_are_those_by_name() -> None:
+    model = adapted_model("qwen3")
+    places, by_name = Trainable(model), dict(tree_flatten(model.trainable_parameters()))
+    assert set(places.names) == set(by_name)
+    assert len(places) == len(by_name)
+    assert all(array is by_name[name] for name, array in zip(places.names, places.get(), strict=True))
+    layers = [int(name.split(".")[2]) for name in places.names]
+    assert layers == sorted(layers)  # the backward pass is chained from the top
+    assert max(layers) > 0
+    places.put([array + 1 for array in places.get()])
+    moved = dict(tree_flatten(model.trainable_parameters()))
+    assert all(mx.array_equal(moved[name], value + 1) for name, value in by_name.items())
 
 
 def test_modes_are_put_back_one_by_one() -> None:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of
@@ -23,6 +23,7 @@ from localdpo.dpo.divergence import token_kl
 from localdpo.dpo.forward import Path, SharedForward, choose_forward
 from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
 from localdpo.dpo.packing import common_length
+from localdpo.dpo.standin import Trainable
 from localdpo.dpo.trunk import TrunkCache
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import core_streams, on_cpu
@@ -215,11 +216,12 @@ class PairScorer:
         """The group's share of the window."""
         weights = mx.array(np.array([pair.weight for pair in pairs], np.float32))
         counts = _counts(pairs)
+        trainable = Trainable(self.model)
         tokens = 0
 
-        def loss(parameters: Gradients) -> tuple[mx.array, mx.array, mx.array]:
+        def loss(parameters: list[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
             nonlocal tokens
-            self.model.update(tree_unflatten(list(parameters.items())))
+            trainable.put(parameters)
             logps, membership, tokens = self._forward.run(pairs, grad=True, checkpoint=self.gradient_checkpointing)
             sums = (mx.array(membership) @ logps).reshape(-1, 2)
             policy = Policy(
@@ -238,12 +240,12 @@ class PairScorer:
             )
             return total, nll, columns
 
-        parameters = dict(tree_flatten(self.model.trainable_parameters()))
+        parameters = trainable.get()
         try:
-            (total, nll, columns), grad = mx.value_and_grad(loss)(parameters)
+            (total, nll, columns), grads = mx.value_and_grad(loss)(parameters)
         finally:
-            self.model.update(tree_unflatten(list(parameters.items())))  # the trace left its own arrays behind
-        grad, last = _in_order(grad, columns)
+            trainable.put(parameters)  # the trace left its own arrays behind
+        grad, last = _in_order(dict(zip(trainable.names, grads, strict=True)), columns)
         return _Part(total, nll, columns, grad, last, tokens)
 
     def _prepare(self, pairs: Sequence[EncodedPair]) -> None:

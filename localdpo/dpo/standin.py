@@ -41,8 +41,8 @@ class Trainable:
 
     def __init__(self, module: nn.Module) -> None:
         self._places = [
-            (part, name)
-            for part in module.modules()
+            (path, part, name)
+            for path, part in reversed(module.named_modules())  # MLX names the last layer first
             for name, value in part.items()
             if isinstance(value, mx.array) and name not in part._no_grad and not name.startswith("_")
         ]
@@ -50,11 +50,16 @@ class Trainable:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def names(self) -> list[str]:
+        """Their names as in ``trainable_parameters``, in the order of :meth:`get`: the lowest layer first."""
+        return [f"{path}.{name}" if path else name for path, _, name in self._places]
+
     def get(self) -> list[mx.array]:
         """The arrays."""
-        return [part[name] for part, name in self._places]
+        return [part[name] for _, part, name in self._places]
 
     def put(self, arrays: Sequence[mx.array]) -> None:
         """Set ``arrays``, in the order of :meth:`get`."""
-        for (part, name), array in zip(self._places, arrays, strict=True):
+        for (_, part, name), array in zip(self._places, arrays, strict=True):
             part[name] = array
