@@ -53,21 +53,37 @@ def learning_rate_at(settings: TrainRecipe, step: int, total_steps: int) -> floa
 
 
 def global_norm(gradients: Gradients) -> float:
-    """The Euclidean norm over all gradients together, in float32."""
-    squares = mx.square(_flat([gradients[name].astype(mx.float32) for name in sorted(gradients)]))
+    """The Euclidean norm over all gradients together."""
+    arrays = [gradients[name] for name in sorted(gradients)]
+    return math.sqrt(sum(_sum_of_squares(_flat(arrays[group])) for group in _groups(arrays)))
+
+
+def _sum_of_squares(flat: mx.array) -> float:
     # In two stages: on a CPU MLX adds number after number, and three million of them would be off in the third digit.
-    whole = squares.size // _SUMMED * _SUMMED
+    squares = mx.square(flat.astype(mx.float32))
+    whole = flat.size // _SUMMED * _SUMMED
     rows = squares[:whole].reshape(-1, _SUMMED) if whole else squares[:0]
-    norm: Any = mx.sqrt(rows.sum(axis=-1).sum() + squares[whole:].sum()).item()
-    return float(norm)
+    total: Any = (rows.sum(axis=-1).sum() + squares[whole:].sum()).item()
+    return float(total)
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
     return mx.concatenate([array.reshape(-1) for array in arrays])
 
 
+def _groups(arrays: Sequence[mx.array]) -> list[slice]:
+    """Neighbours that are handled as one array, of some 1 MB: to begin an operation then costs little beside it."""
+    groups, start, size = [], 0, 0
+    for index, array in enumerate(arrays, 1):
+        size += array.size
+        if size >= _TOGETHER or index == len(arrays):
+            groups.append(slice(start, index))
+            start, size = index, 0
+    return groups
+
+
 _SUMMED = 1024  # numbers added up in a row
-_ALL = "adapter"
+_TOGETHER = 1 << 18  # numbers
 _MOMENTS = ("m", "v")
 
 
@@ -75,12 +91,13 @@ class AdapterOptimizer:
     """AdamW (Loshchilov & Hutter 2019) with bias correction, for the trainable parameters of ``model``.
 
     An adapter is hundreds of small arrays, and to begin an operation on each takes longer than its arithmetic: they
-    are updated as one array. ``mlx.optimizers`` leaves the correction out unless told: the first update would then be
-    about 3.2 times the learning rate.
+    are updated some dozens at a time, as one array. ``mlx.optimizers`` leaves the correction out unless told: the first
+    update would then be about 3.2 times the learning rate.
     """
 
     def __init__(self, model: nn.Module, settings: TrainRecipe) -> None:
         self._trainable = Trainable(model)
+        self._groups = {str(number): group for number, group in enumerate(_groups(self._trainable.get()))}
         self._max_norm = settings.max_grad_norm
         self._adamw = optim.AdamW(
             learning_rate=settings.learning_rate,
@@ -89,26 +106,32 @@ class AdapterOptimizer:
             weight_decay=settings.weight_decay,
             bias_correction=True,
         )
-        self._adamw.init({_ALL: _flat(self._trainable.get())})
+        parameters = self._trainable.get()
+        self._adamw.init({key: _flat(parameters[group]) for key, group in self._groups.items()})
 
     def update(self, gradients: Gradients, *, norm: float, learning_rate: float) -> None:
         """Clip ``gradients`` (by name, as in ``trainable_parameters``) from ``norm`` and take one step.
 
         The model and the state are evaluated when this returns.
         """
-        gradient = _flat([gradients[name] for name in self._trainable.names])
-        if self._max_norm is not None:
-            # The small term is torch's clip_grad_norm_, for equal curves.
-            gradient = gradient * min(self._max_norm / (norm + 1e-6), 1.0)
+        # The small term is torch's clip_grad_norm_, for equal curves.
+        factor = 1.0 if self._max_norm is None else min(self._max_norm / (norm + 1e-6), 1.0)
+        names, parameters = self._trainable.names, self._trainable.get()
+        flat_gradients = {key: _flat([gradients[name] for name in names[group]]) for key, group in self._groups.items()}
+        flat_parameters = {key: _flat(parameters[group]) for key, group in self._groups.items()}
         self._adamw.learning_rate = learning_rate
-        parameters = {_ALL: _flat(self._trainable.get())}
-        updated = self._parts(self._adamw.apply_gradients({_ALL: gradient}, parameters)[_ALL])
-        self._trainable.put(updated)
-        mx.eval(updated, self._adamw.state)
+        updated = self._adamw.apply_gradients(
+            {key: flat * factor for key, flat in flat_gradients.items()}, flat_parameters
+        )
+        parts = {key: self._parts(key, flat) for key, flat in updated.items()}
+        for key, own in parts.items():  # a group at a time: the passes in between take no more memory than one needs
+            mx.eval(own, self._adamw.state[key])
+        self._trainable.put([part for own in parts.values() for part in own])
+        mx.eval(self._adamw.state)
 
-    def _parts(self, flat: mx.array) -> list[mx.array]:
-        """The arrays that stand one after the other in ``flat``, each in the form of its parameter."""
-        like = self._trainable.get()
+    def _parts(self, key: str, flat: mx.array) -> list[mx.array]:
+        """The arrays of a group that stand one after the other in ``flat``, each in the form of its parameter."""
+        like = self._trainable.get()[self._groups[key]]
         ends = list(accumulate(parameter.size for parameter in like))
         parts = mx.split(flat, ends[:-1])
         return [
@@ -119,9 +142,11 @@ class AdapterOptimizer:
         """Everything a later process needs to go on: the step count and both moments, by flat name."""
         own: Any = self._adamw.state
         state = {"step": own["step"], "learning_rate": own["learning_rate"]}
-        for moment in _MOMENTS:
-            parts = self._parts(own[_ALL][moment])
-            state.update({f"{name}.{moment}": part for name, part in zip(self._trainable.names, parts, strict=True)})
+        for key, group in self._groups.items():
+            for moment in _MOMENTS:
+                parts = self._parts(key, own[key][moment])
+                named = zip(self._trainable.names[group], parts, strict=True)
+                state.update({f"{name}.{moment}": part for name, part in named})
         return state
 
     def restore(self, state: Mapping[str, mx.array]) -> None:
@@ -129,9 +154,11 @@ class AdapterOptimizer:
         own = self.state()
         if {name: value.shape for name, value in own.items()} != {n: v.shape for n, v in state.items()}:
             raise ValueError("the optimizer state is for other parameters")
-        names = self._trainable.names
-        moments = {moment: _flat([state[f"{name}.{moment}"] for name in names]) for moment in _MOMENTS}
-        self._adamw.state = {"step": state["step"], "learning_rate": state["learning_rate"], _ALL: moments}
+        restored: dict[str, Any] = {"step": state["step"], "learning_rate": state["learning_rate"]}
+        for key, group in self._groups.items():
+            names = self._trainable.names[group]
+            restored[key] = {moment: _flat([state[f"{name}.{moment}"] for name in names]) for moment in _MOMENTS}
+        self._adamw.state = restored
 
 
 def require_finite(
