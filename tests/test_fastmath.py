@@ -27,6 +27,21 @@ def test_exp_is_as_good_as_float32_near_zero() -> None:
     assert fastmath.exp(mx.array([0.0])).item() == 1.0
 
 
+def test_powers_of_two_below_a_whole_number() -> None:
+    """What attention takes: rows of scores, and for each a whole number that none is above."""
+    rng = np.random.default_rng(3)
+    scores = rng.normal(0, 40, (7, 3, 501)).astype(np.float32) + rng.normal(0, 3000, (7, 3, 1)).astype(np.float32)
+    top = np.ceil(scores.max(axis=-1, keepdims=True))
+    exact = np.exp2(scores.astype(np.float64) - top)
+    within = scores > top - 125
+    ours = np.array(fastmath.exp2_below(mx.array(scores), mx.array(top)), np.float64)
+    assert np.max(np.abs(ours - exact)[within] / exact[within]) < 3e-7
+    assert (ours[~within] < 1e-37).all()
+    masked = np.array(fastmath.exp2_below(mx.array([[-1e9, -np.inf, 5.0]]), mx.array([[5.0]])))
+    assert masked[0, 2] == 1.0
+    assert (masked[0, :2] < 2e-38).all()
+
+
 def test_exp_below_its_range_is_small_and_never_negative() -> None:
     low = np.array(fastmath.exp(mx.array([-87.5, -100.0, -1e9, -3e38, -np.inf], mx.float32)))
     assert (low >= 0).all()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from itertools import accumulate, chain
-from math import log
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +32,6 @@ from localdpo.model.device import on_cpu
 _ATTENTION = "scaled_dot_product_attention"
 _SWIGLU = "swiglu"
 _MASKED = -1e9
-LN_2 = log(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class PackedCache:
         kv_heads, dtype = keys.shape[1], queries.dtype
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
         # Query heads that share keys stand side by side, so each product is one larger matrix product.
-        queries = (queries.reshape(size, heads, width) * (scale / LN_2)).transpose(1, 0, 2)
+        queries = (queries.reshape(size, heads, width) * (scale * fastmath.LOG2_E)).transpose(1, 0, 2)
         queries = queries.reshape(kv_heads, heads // kv_heads, size, width)
         keys = keys.reshape(size, kv_heads, -1).transpose(1, 0, 2)
         values = values.reshape(size, kv_heads, -1).transpose(1, 0, 2)
@@ -239,8 +237,8 @@ def _block_by_block(lane: LaneAttention, window: int | None) -> tuple[Callable[.
         for block, own in lane.by_block(queries):
             own = _after(own, [rows[-IN_FLIGHT][0]] if len(rows) >= IN_FLIGHT else [])
             scores = _scores(own, _joined(pieces.of(block, keys), 1), lane.mask(block, window, _penalties))
-            top = mx.max(scores, axis=-1, keepdims=True)
-            weights = fastmath.exp2(scores - top)
+            top = mx.ceil(mx.max(scores, axis=-1, keepdims=True))
+            weights = fastmath.exp2_below(scores, top)
             scale = mx.reciprocal(mx.sum(weights, axis=-1, keepdims=True))
             out = _flat(weights) @ _joined(pieces.of(block, values), 1)
             rows.append((out.reshape(*own.shape[:3], -1) * scale, top, scale))
@@ -256,7 +254,7 @@ def _block_by_block(lane: LaneAttention, window: int | None) -> tuple[Callable[.
         # away within the product, by a column more.
         into_out = into_out * scale
         along = mx.sum(into_out * out, axis=-1, keepdims=True)
-        into_weights = mx.concatenate([into_out, -along], axis=-1) * LN_2
+        into_weights = mx.concatenate([into_out, -along], axis=-1) / fastmath.LOG2_E
         ones = [mx.concatenate([x, mx.ones((*x.shape[:2], 1))], axis=2) for x in all_values]
         keys, values = pieces.split(all_keys), pieces.split(ones)
         into_keys: dict[int, mx.array] = {}
@@ -267,7 +265,7 @@ def _block_by_block(lane: LaneAttention, window: int | None) -> tuple[Callable[.
             own = _after(own, [into_queries[-IN_FLIGHT] if len(into_queries) >= IN_FLIGHT else into_out])
             its_keys, its_values = (_joined(pieces.of(block, x), 1) for x in (keys, values))
             scores = _scores(own, its_keys, lane.mask(block, window, _penalties))
-            weights = _flat(fastmath.exp2(scores - its_top))
+            weights = _flat(fastmath.exp2_below(scores, its_top))
             added = pieces.add(into_values, block, weights.swapaxes(1, 2) @ _flat(its_out))
             into_scores = weights * (_flat(its_weights) @ its_values.swapaxes(1, 2))
             added += pieces.add(into_keys, block, into_scores.swapaxes(1, 2) @ _flat(own))
