@@ -89,7 +89,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--record", default=str(WORK / "compare.json"), help="Runs so far; finished ones are kept.")
     parser.add_argument("--env", action="append", default=[], metavar="PEER=PYTHON", help="An environment at hand.")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for given in arguments.env:
+        name, _, python = given.partition("=")
+        if name not in PEERS or not Path(python).is_file():
+            parser.error(f"--env {given}: not PEER=PYTHON with a peer of {', '.join(PEERS)} and a file")
+    return arguments
 
 
 def _can(key: str, layers: int) -> bool:
