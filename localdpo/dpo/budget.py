@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Literal
 
 Mode = Literal["cpu", "lean", "gpu"]
@@ -21,6 +22,15 @@ CALL_COST = {"cpu": 32_000, "gpu": 1_000_000}
 On a CPU some 65 small operations, about 0.5 ms, measured. On a GPU some ten kernels a call, about 50 us, while it
 computes some 20 scores a nanosecond: reckoned from launch times and peak rates, not measured (docs/decisions/0004).
 """
+
+
+def block_rows(call_cost: int) -> float:
+    """Tokens of a long segment that an attention call of that cost had best take.
+
+    n tokens, b a call, make n/b calls and some n*b/2 scores of later tokens: least at b = sqrt(2 * call_cost).
+    """
+    return sqrt(2 * max(1, call_cost))
+
 
 IN_FLIGHT = 4
 """Blocks of a lane's attention that may be under way at once on a CPU (docs/decisions/0007). With one, streams wait for

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from math import sqrt
 
 import numpy as np
 
 from localdpo.data.encode import EncodedPair
+from localdpo.dpo.budget import block_rows
 
 MIN_SHARED = 8
 """Shorter common prefixes are run again instead: a segment costs about as much as a few tokens."""
@@ -162,12 +162,9 @@ def _with_span(spans: tuple[tuple[int, int], ...], span: tuple[int, int]) -> tup
 
 
 def _in_chunks(segment: Segment, call_cost: int) -> tuple[int, list[Segment]]:
-    """What attention over a segment costs, and the pieces in which it costs least.
-
-    n tokens in k pieces make n^2 (1 + 1/k) / 2 scores among themselves.
-    """
+    """What attention over a segment costs, and the pieces in which it costs least."""
     size = segment.size
-    count = max(1, min(size, round(size / sqrt(2 * max(1, call_cost)))))
+    count = max(1, min(size, round(size / block_rows(call_cost))))
     pieces = list(segment.cut([segment.start + size * number // count for number in range(1, count)]))
     return sum(call_cost + piece.size * (piece.context + piece.size) for piece in pieces), pieces
 

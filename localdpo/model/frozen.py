@@ -128,14 +128,21 @@ def row_block(rows: int, columns: int) -> int:
     return next((size for size in range(largest, 15, -1) if rows % size == 0 and size < rows), 0)
 
 
-def _single_row_product(x: mx.array, weight: mx.array, block: int) -> mx.array:
-    """``x @ weight.T`` for one row, as a batch of small products: measured two to four times faster.
+def _cut_for_single_rows(layer: nn.Module, block: int) -> None:
+    """Let ``layer`` multiply single rows by ``block`` rows of its weight at a time: two to four times faster.
 
     OpenBLAS copies ("packs") a large weight before it multiplies, which doubles the memory traffic of a product
-    that does nothing else; below a size it multiplies in place.
+    that does nothing else; below a size it multiplies in place. The blocks are a view of the weight.
     """
-    blocks = weight.reshape(-1, block, weight.shape[1]).swapaxes(1, 2)
-    return (x.reshape(1, 1, -1) @ blocks).reshape(*x.shape[:-1], -1)
+    layer._blocks = layer.weight.reshape(-1, block, layer.weight.shape[1]).swapaxes(1, 2)  # "_": no parameter
+    mx.eval(layer._blocks)
+
+
+def _times_weight(layer: nn.Module, x: mx.array) -> mx.array:
+    """x [..., input] @ weight.T -> [..., rows]."""
+    if x.size != x.shape[-1] or "_blocks" not in layer:
+        return cast(mx.array, x @ layer.weight.T)
+    return cast(mx.array, (x.reshape(1, 1, -1) @ layer._blocks).reshape(*x.shape[:-1], -1))
 
 
 class FastLinear(nn.Linear):
@@ -143,9 +150,9 @@ class FastLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [..., input] -> [..., output]."""
-        if x.size != x.shape[-1] or not self.block:
-            return super().__call__(x)
-        y = _single_row_product(x, self.weight, self.block)
+        if x.size != x.shape[-1]:
+            return super().__call__(x)  # bias and product in one operation
+        y = _times_weight(self, x)
         return y + self.bias if "bias" in self else y
 
 
@@ -154,9 +161,7 @@ class FastEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x: [..., width] -> logits [..., vocabulary]."""
-        if x.size != x.shape[-1] or not self.block:
-            return x @ self.weight.T
-        return _single_row_product(x, self.weight, self.block)
+        return _times_weight(self, x)
 
 
 class LeanLinear(nn.Linear):
@@ -258,7 +263,9 @@ def _fast_layer(module: nn.Module) -> nn.Module | None:
         layer.bias = module.bias.astype(mx.float32)
     if not isinstance(layer, SwitchLinear):
         rows, columns = layer.weight.shape
-        layer.block = row_block(rows, columns) if blas_threads() else 0  # only OpenBLAS gains by it
+        block = row_block(rows, columns)
+        if block and blas_threads():  # only OpenBLAS gains by it
+            _cut_for_single_rows(layer, block)
     return layer
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isqrt
 from typing import Any, Literal, Protocol
 
-from localdpo.dpo.budget import CALL_COST, Mode, tokens_alive
+from localdpo.dpo.budget import CALL_COST, CPU_STREAMS, IN_FLIGHT, Mode, block_rows, tokens_alive
 
 Verdict = Literal["safe", "tight", "too big"]
 
@@ -131,23 +131,24 @@ class ModelShape:
 class Workload:
     """What a forward and backward pass holds.
 
-    Its ``tokens``, the longest ``context`` one of those attends to, and ``head_tile`` logits at once.
+    Its ``tokens``, the longest ``context`` one of those attends to, the rows of scores that are alive at once (None:
+    those of all tokens), and ``head_tile`` logits at once.
     """
 
     tokens: int
     context: int
+    score_rows: int | None = None
     head_tile: int = 1 << 19
 
     @classmethod
     def of_step(cls, mode: Mode, window: int, longest: int, heads: int) -> Workload:
         """A step over pairs of ``window`` tokens altogether, the longest of which has ``longest``."""
-        on_gpu = mode == "gpu"
-        return cls(
-            tokens=min(window, tokens_alive(mode, longest)),
-            # On a GPU short segments share an attention call, with what each must not see masked.
-            context=longest + 2 * isqrt(CALL_COST["gpu"] // heads) if on_gpu else longest,
-            head_tile=1 << (25 if on_gpu else 19),
-        )
+        tokens = min(window, tokens_alive(mode, longest))
+        if mode == "gpu":
+            # Short segments share an attention call, with what each must not see masked.
+            return cls(tokens, context=longest + 2 * isqrt(CALL_COST["gpu"] // heads), head_tile=1 << 25)
+        block = int(block_rows(CALL_COST["cpu"] // heads))
+        return cls(tokens, context=longest, score_rows=CPU_STREAMS[mode] * IN_FLIGHT * block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +250,9 @@ def _activations(shape: ModelShape, workload: Workload, trained: int, checkpoint
 
 def _at_work(shape: ModelShape, workload: Workload) -> int:
     """Numbers of the one block that is at work, forward and backward, and buffers that wait to be used again."""
-    scores = shape.heads * workload.context
-    return (6 * _narrow(shape) + 9 * shape.intermediate // 2 + 3 * scores // 2) * workload.tokens
+    rows = workload.tokens if workload.score_rows is None else min(workload.score_rows, workload.tokens)
+    scores = shape.heads * workload.context * rows
+    return (6 * _narrow(shape) + 9 * shape.intermediate // 2) * workload.tokens + 3 * scores // 2
 
 
 def _narrow(shape: ModelShape) -> int:
