@@ -228,8 +228,11 @@ def _basis(runs: list[dict[str, Any]]) -> str:
     rounds = len({run["round"] for run in runs})
     real = [run for run in runs if run["key"] == OURS and run["layers"] == 30]
     tokens = sum(run["tokens"] for run in real) / (len(real) * ROWS_A_ROUND) if real else 0
+    of_peer = {key: len({run["round"] for run in runs if run["key"] == key}) for key in PEERS}
+    fewer = ", ".join(f"{count} of {PEERS[key].name}" for key, count in of_peer.items() if 0 < count < rounds)
     return (
-        f"Medians of {rounds} rounds of {ROWS_A_ROUND} pairs in batches of 4; ratios within a round. "
+        f"Medians of {rounds} rounds{f' ({fewer})' if fewer else ''} of {ROWS_A_ROUND} pairs in batches of 4; "
+        "ratios within a round. "
         f"Ours runs {tokens:.0f} tokens a pair. Machine: {machine()}."
     )
 

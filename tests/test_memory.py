@@ -87,6 +87,25 @@ def test_estimates_are_within_a_tenth_of_what_was_measured(shape, weights, token
     assert estimate.total >> 20 == pytest.approx(checkpointed if checkpointing else plain, rel=0.1)
 
 
+# The same for one pair of 2,048 tokens, whose scores would be the most of it if all were alive at once.
+LONG = [("cpu", 515, 8, 1441), ("cpu", 515, 30, 2953), ("lean", 96, 8, 969)]
+
+
+@pytest.mark.parametrize(("mode", "weights", "layers", "measured"), LONG)
+def test_estimates_of_a_long_pair_are_within_a_tenth_of_what_was_measured(mode, weights, layers, measured):
+    estimate = estimate_step(
+        STARTER,
+        mode,
+        2048,
+        2048,
+        trainable=STARTER.lora_parameters(8, layers, "all-linear"),
+        lora_layers=layers,
+        weight_bytes=weights << 20,
+        checkpointing=False,
+    )
+    assert estimate.total >> 20 == pytest.approx(measured, rel=0.1)
+
+
 def test_fewer_trained_layers_keep_less():
     def activations(layers):
         return estimate_memory(STARTER, Workload(512, 128), trainable=1, lora_layers=layers).activations

@@ -175,13 +175,12 @@ class SharedForward:
         states = gather(batch, pairs, self.states(pairs)) if cut else None
 
         def layers_of(lane: slice, caches: list[PackedCache]) -> list[Any]:
-            stand_ins = (
-                keeping(layers, checkpoint=checkpoint, gated=self._gated, caches=caches) if grad else list(layers)
-            )
+            run, its_caches = layers[cut:], caches[cut:]
+            stand_ins = keeping(run, checkpoint=checkpoint, gated=self._gated, caches=its_caches) if grad else list(run)
             if states is None:
                 return stand_ins
             entering = Skipped(layers[cut - 1], mx.array(states[lane])[:, None])
-            return [*(Skipped(layer) for layer in layers[: cut - 1]), entering, *stand_ins[cut:]]
+            return [*(Skipped(layer) for layer in layers[: cut - 1]), entering, *stand_ins]
 
         return mx.concatenate(self._bodies(batch, layers_of))[mx.array(batch.rows)]
 
