@@ -53,18 +53,20 @@ def learning_rate_at(settings: TrainRecipe, step: int, total_steps: int) -> floa
 
 
 def global_norm(gradients: Gradients) -> float:
-    """The Euclidean norm over all gradients together."""
+    """The Euclidean norm over all gradients together, in float32."""
     arrays = [gradients[name] for name in sorted(gradients)]
-    return math.sqrt(sum(_sum_of_squares(_flat(arrays[group])) for group in _groups(arrays)))
+    total: Any = mx.array(0.0)
+    for group in _groups(arrays):
+        total = total + _sum_of_squares(_flat(arrays[group]))
+    return math.sqrt(total.item())
 
 
-def _sum_of_squares(flat: mx.array) -> float:
+def _sum_of_squares(flat: mx.array) -> mx.array:
     # In two stages: on a CPU MLX adds number after number, and three million of them would be off in the third digit.
     squares = mx.square(flat.astype(mx.float32))
     whole = flat.size // _SUMMED * _SUMMED
     rows = squares[:whole].reshape(-1, _SUMMED) if whole else squares[:0]
-    total: Any = (rows.sum(axis=-1).sum() + squares[whole:].sum()).item()
-    return float(total)
+    return rows.sum(axis=-1).sum() + squares[whole:].sum()
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
@@ -125,9 +127,9 @@ class AdapterOptimizer:
         )
         parts = {key: self._parts(key, flat) for key, flat in updated.items()}
         for key, own in parts.items():  # a group at a time: the passes in between take no more memory than one needs
-            mx.eval(own, self._adamw.state[key])
+            mx.async_eval(own, self._adamw.state[key])
         self._trainable.put([part for own in parts.values() for part in own])
-        mx.eval(self._adamw.state)
+        mx.eval(parts, self._adamw.state)
 
     def _parts(self, key: str, flat: mx.array) -> list[mx.array]:
         """The arrays of a group that stand one after the other in ``flat``, each in the form of its parameter."""
