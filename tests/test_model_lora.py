@@ -431,6 +431,7 @@ def test_many_missing_tensors_are_summed_up(saved: Path, folder: Path) -> None:
     assert len(caught.value.problems) == 11
 
 
+@pytest.mark.slow  # test_serve_cli's test_one_answer_by_every_way asks mlx-lm, too
 def test_the_starter_with_an_adapter_in_mlx_lm(starter: Path, tmp_path: Path) -> None:
     loaded = load_model("smollm2-135m")
     info = attach_lora(loaded.model, LoraSettings(num_layers=4))
