@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from localdpo.commands import models, pairs, runs
-from localdpo.commands.shared import ChartFolder, ChartForm, Debug, Json, guarded
+from localdpo.commands.shared import ChartFolder, ChartForm, Debug, Json, Overrides, guarded
 
 app = typer.Typer(
     name="localdpo",
@@ -87,10 +87,7 @@ def init(
 @guarded
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
-    ] = None,
+    overrides: Overrides = None,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", min=1, metavar="N", help="Stop after N steps.")
     ] = None,

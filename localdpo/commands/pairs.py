@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from localdpo.commands.shared import Debug, Json, guarded
+from localdpo.commands.shared import Debug, Json, Overrides, guarded
 
 app = typer.Typer(
     help="Check, import, export and generate preference pairs.",
@@ -15,13 +15,35 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option("--reward", metavar="NAME:KEY=VALUE", help="Such as length:max=40;weight=2; may be repeated."),
+]
+RewardsFile = Annotated[Path | None, typer.Option("--rewards", metavar="FILE", help="Rewards as YAML.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let the reward `python` run your code.")]
+MinGap = Annotated[float, typer.Option(min=0, help="Least difference of rewards.")]
+Unfinished = Annotated[str, typer.Option(help="What an answer cut off may be: rejected, keep or leave-out.")]
+Judge = Annotated[str | None, typer.Option(metavar="MODEL", help="A model that names the better answer.")]
+Criterion = Annotated[str | None, typer.Option(metavar="TEXT", help="What the judge goes by.")]
+Replace = Annotated[
+    list[str] | None,
+    typer.Option("--replace", metavar="OLD=NEW", help="Correct the model's answers so; may be repeated."),
+]
+Rewrite = Annotated[str | None, typer.Option(metavar="MODEL", help="A stronger model rewrites the answers.")]
+Instruction = Annotated[str | None, typer.Option(metavar="TEXT", help="What the rewriter is told.")]
+Samples = Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens only.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+PairsFile = Annotated[
+    Path | None, typer.Argument(metavar="[FILE]", help="JSONL pairs; with --recipe its training file by default.")
+]
+
 
 @app.command("check")
 @guarded
 def pairs_check(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="JSONL pairs; with --recipe its training file by default.")
-    ] = None,
+    file: PairsFile = None,
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="RECIPE", help="Take eval file, probes, lengths and model from a recipe."),
@@ -55,9 +77,7 @@ def pairs_check(
 @app.command("stats")
 @guarded
 def pairs_stats(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="JSONL pairs; with --recipe its training file by default.")
-    ] = None,
+    file: PairsFile = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", metavar="RECIPE", help="Take the file and the model from a recipe.")
     ] = None,
@@ -155,35 +175,27 @@ def pairs_generate(
         list[str] | None,
         typer.Option("--from", metavar="WHO", help="base, tuned or another model; may be repeated."),
     ] = None,
-    rewards: Annotated[
-        list[str] | None,
-        typer.Option("--reward", metavar="NAME:KEY=VALUE", help="Such as length:max=40;weight=2; may be repeated."),
-    ] = None,
-    rewards_file: Annotated[Path | None, typer.Option("--rewards", metavar="FILE", help="Rewards as YAML.")] = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the reward `python` run your code.")] = False,
-    min_gap: Annotated[float, typer.Option(min=0, help="Least difference of rewards.")] = 0.0,
-    unfinished: Annotated[
-        str, typer.Option(help="What an answer cut off may be: rejected, keep or leave-out.")
-    ] = "rejected",
-    judge: Annotated[str | None, typer.Option(metavar="MODEL", help="A model that names the better answer.")] = None,
-    criterion: Annotated[str | None, typer.Option(metavar="TEXT", help="What the judge goes by.")] = None,
-    replace: Annotated[
-        list[str] | None,
-        typer.Option("--replace", metavar="OLD=NEW", help="Correct the model's answers so; may be repeated."),
-    ] = None,
+    rewards: Rewards = None,
+    rewards_file: RewardsFile = None,
+    allow_code: AllowCode = False,
+    min_gap: MinGap = 0.0,
+    unfinished: Unfinished = "rejected",
+    judge: Judge = None,
+    criterion: Criterion = None,
+    replace: Replace = None,
     regex: Annotated[bool, typer.Option("--regex", help="OLD is a regular expression.")] = False,
     edits: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Correct the answers by hand in this file.")
     ] = None,
-    rewrite: Annotated[str | None, typer.Option(metavar="MODEL", help="A stronger model rewrites the answers.")] = None,
-    instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="What the rewriter is told.")] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens only.")] = 0.95,
+    rewrite: Rewrite = None,
+    instruction: Instruction = None,
+    samples: Samples = 4,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from so many tokens; 0 from all.")] = 0,
     min_p: Annotated[float, typer.Option(min=0, max=1, help="Least share of the likeliest token's probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of all sampling.")] = 0,
     answers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Journal of answers; beside --out by default.")
@@ -221,32 +233,21 @@ def pairs_round(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="runs/RECIPE-rounds by default.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
-    ] = None,
-    rewards: Annotated[
-        list[str] | None,
-        typer.Option("--reward", metavar="NAME:KEY=VALUE", help="Such as length:max=40;weight=2; may be repeated."),
-    ] = None,
-    rewards_file: Annotated[Path | None, typer.Option("--rewards", metavar="FILE", help="Rewards as YAML.")] = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the reward `python` run your code.")] = False,
-    min_gap: Annotated[float, typer.Option(min=0, help="Least difference of rewards.")] = 0.0,
-    unfinished: Annotated[
-        str, typer.Option(help="What an answer cut off may be: rejected, keep or leave-out.")
-    ] = "rejected",
-    judge: Annotated[str | None, typer.Option(metavar="MODEL", help="A model that names the better answer.")] = None,
-    criterion: Annotated[str | None, typer.Option(metavar="TEXT", help="What the judge goes by.")] = None,
-    replace: Annotated[
-        list[str] | None,
-        typer.Option("--replace", metavar="OLD=NEW", help="Correct the model's answers so; may be repeated."),
-    ] = None,
-    rewrite: Annotated[str | None, typer.Option(metavar="MODEL", help="A stronger model rewrites the answers.")] = None,
-    instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="What the rewriter is told.")] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens only.")] = 0.95,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    overrides: Overrides = None,
+    rewards: Rewards = None,
+    rewards_file: RewardsFile = None,
+    allow_code: AllowCode = False,
+    min_gap: MinGap = 0.0,
+    unfinished: Unfinished = "rejected",
+    judge: Judge = None,
+    criterion: Criterion = None,
+    replace: Replace = None,
+    rewrite: Rewrite = None,
+    instruction: Instruction = None,
+    samples: Samples = 4,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the first round's sampling; one more in each.")] = 0,
     json_lines: Json = False,
     debug: Debug = False,

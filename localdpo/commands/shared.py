@@ -14,6 +14,10 @@ P = ParamSpec("P")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be repeated."),
+]
 ChartFolder = Annotated[
     Path | None, typer.Option("--charts", metavar="DIR", help="Write the charts as files of their own, too.")
 ]

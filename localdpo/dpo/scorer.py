@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from localdpo.data.encode import EncodedPair
 from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of
@@ -102,7 +101,7 @@ class PairScorer:
         """Layers below the lowest one with anything to train; 0 where a pass cannot start above them."""
         if not isinstance(self._forward, SharedForward) or not self._forward.anatomy.has_norm:
             return 0
-        trainable = list(map(_trains, self._forward.anatomy.layers))
+        trainable = [bool(Trainable(layer)) for layer in self._forward.anatomy.layers]
         return trainable.index(True) if any(trainable) else 0
 
     def use_trunk(self, folder: FilePath, fingerprint: str) -> bool:
@@ -251,10 +250,6 @@ class PairScorer:
     def _prepare(self, pairs: Sequence[EncodedPair]) -> None:
         if isinstance(self._forward, SharedForward):
             self._forward.prepare(pairs)
-
-
-def _trains(layer: nn.Module) -> bool:
-    return bool(tree_flatten(layer.trainable_parameters()))
 
 
 def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:

@@ -138,10 +138,12 @@ def _cut_for_single_rows(layer: nn.Module, block: int) -> None:
     mx.eval(layer._blocks)
 
 
-def _times_weight(layer: nn.Module, x: mx.array) -> mx.array:
-    """x [..., input] @ weight.T -> [..., rows]."""
-    if x.size != x.shape[-1] or "_blocks" not in layer:
-        return cast(mx.array, x @ layer.weight.T)
+def _is_single_row(layer: nn.Module, x: mx.array) -> bool:
+    return x.size == x.shape[-1] and "_blocks" in layer
+
+
+def _single_row_product(layer: nn.Module, x: mx.array) -> mx.array:
+    """One row x [..., input] @ weight.T -> [..., rows]."""
     return cast(mx.array, (x.reshape(1, 1, -1) @ layer._blocks).reshape(*x.shape[:-1], -1))
 
 
@@ -150,9 +152,9 @@ class FastLinear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: [..., input] -> [..., output]."""
-        if x.size != x.shape[-1]:
-            return super().__call__(x)  # bias and product in one operation
-        y = _times_weight(self, x)
+        if not _is_single_row(self, x):
+            return super().__call__(x)
+        y = _single_row_product(self, x)
         return y + self.bias if "bias" in self else y
 
 
@@ -161,7 +163,7 @@ class FastEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x: [..., width] -> logits [..., vocabulary]."""
-        return _times_weight(self, x)
+        return _single_row_product(self, x) if _is_single_row(self, x) else x @ self.weight.T
 
 
 class LeanLinear(nn.Linear):

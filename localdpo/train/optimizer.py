@@ -65,12 +65,18 @@ def _sum_of_squares(flat: mx.array) -> mx.array:
     # In two stages: on a CPU MLX adds number after number, and three million of them would be off in the third digit.
     squares = mx.square(flat.astype(mx.float32))
     whole = flat.size // _SUMMED * _SUMMED
-    rows = squares[:whole].reshape(-1, _SUMMED) if whole else squares[:0]
+    rows = squares[:whole].reshape(whole // _SUMMED, _SUMMED)
     return rows.sum(axis=-1).sum() + squares[whole:].sum()
 
 
 def _flat(arrays: Sequence[mx.array]) -> mx.array:
     return mx.concatenate([array.reshape(-1) for array in arrays])
+
+
+def _parts(flat: mx.array, like: Sequence[mx.array]) -> list[mx.array]:
+    """The arrays that :func:`_flat` put together, each in the form of its ``like``."""
+    parts = mx.split(flat, list(accumulate(array.size for array in like))[:-1])
+    return [part.reshape(array.shape).astype(array.dtype) for part, array in zip(parts, like, strict=True)]
 
 
 def _groups(arrays: Sequence[mx.array]) -> list[slice]:
@@ -119,36 +125,26 @@ class AdapterOptimizer:
         # The small term is torch's clip_grad_norm_, for equal curves.
         factor = 1.0 if self._max_norm is None else min(self._max_norm / (norm + 1e-6), 1.0)
         names, parameters = self._trainable.names, self._trainable.get()
-        flat_gradients = {key: _flat([gradients[name] for name in names[group]]) for key, group in self._groups.items()}
-        flat_parameters = {key: _flat(parameters[group]) for key, group in self._groups.items()}
         self._adamw.learning_rate = learning_rate
         updated = self._adamw.apply_gradients(
-            {key: flat * factor for key, flat in flat_gradients.items()}, flat_parameters
+            {key: _flat([gradients[name] for name in names[group]]) * factor for key, group in self._groups.items()},
+            {key: _flat(parameters[group]) for key, group in self._groups.items()},
         )
-        parts = {key: self._parts(key, flat) for key, flat in updated.items()}
+        parts = {key: _parts(flat, parameters[self._groups[key]]) for key, flat in updated.items()}
         for key, own in parts.items():  # a group at a time: the passes in between take no more memory than one needs
             mx.async_eval(own, self._adamw.state[key])
         self._trainable.put([part for own in parts.values() for part in own])
         mx.eval(parts, self._adamw.state)
 
-    def _parts(self, key: str, flat: mx.array) -> list[mx.array]:
-        """The arrays of a group that stand one after the other in ``flat``, each in the form of its parameter."""
-        like = self._trainable.get()[self._groups[key]]
-        ends = list(accumulate(parameter.size for parameter in like))
-        parts = mx.split(flat, ends[:-1])
-        return [
-            part.reshape(parameter.shape).astype(parameter.dtype) for part, parameter in zip(parts, like, strict=True)
-        ]
-
     def state(self) -> dict[str, mx.array]:
         """Everything a later process needs to go on: the step count and both moments, by flat name."""
         own: Any = self._adamw.state
         state = {"step": own["step"], "learning_rate": own["learning_rate"]}
+        names, parameters = self._trainable.names, self._trainable.get()
         for key, group in self._groups.items():
             for moment in _MOMENTS:
-                parts = self._parts(key, own[key][moment])
-                named = zip(self._trainable.names[group], parts, strict=True)
-                state.update({f"{name}.{moment}": part for name, part in named})
+                parts = _parts(own[key][moment], parameters[group])
+                state.update({f"{name}.{moment}": part for name, part in zip(names[group], parts, strict=True)})
         return state
 
     def restore(self, state: Mapping[str, mx.array]) -> None:
