@@ -312,9 +312,9 @@ def _kept(checkpoint: bool) -> int:
 def test_checkpointing_keeps_a_fraction() -> None:
     """Of 24 layers, one at a time and what enters each. The gradients must not wait for the end, nor keep it all.
 
-    0.29 to 0.31 of it, as the streams happen to run; all of it where gradients wait.
+    The least of some: a stream that runs ahead can only add. All of it is kept where gradients wait.
     """
-    assert _kept(True) < 0.36 * _kept(False)
+    assert min(_kept(True) for _ in range(4)) < 0.3 * _kept(False)
 
 
 def test_a_layer_called_by_keyword_gets_its_gradients_too() -> None:
