@@ -17,14 +17,16 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent / "peers")]
 
 import common
 
+from localdpo.core.losses import LossSettings
+from localdpo.core.reference import ReferenceCache
 from localdpo.data.encode import encode_pairs
 from localdpo.data.pairs import read_pairs
-from localdpo.dpo.losses import LossSettings
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
+from localdpo.methods.dpo import DPO
 from localdpo.model.load import load_model
 from localdpo.model.lora import LoraSettings, attach_lora
 from localdpo.recipe import TrainRecipe
+from localdpo.sequences import RowValues
 from localdpo.train.optimizer import AdapterOptimizer, global_norm
 
 
@@ -39,24 +41,26 @@ def main() -> None:
     )
     rows = read_pairs(work.pairs).pairs[work.first : work.first + work.count]
     pairs = encode_pairs(rows, loaded.tokenizer, common.MAX_LENGTH, "keep_start").pairs
-    settings = LossSettings(loss_type="sigmoid", beta=common.BETA, rpo_alpha=0.0)
+    method = DPO(LossSettings(loss_type="sigmoid", beta=common.BETA, rpo_alpha=0.0))
     seconds: dict[str, float] = {}
     steps: list[float] = []
     losses: list[float] = []
     tokens = 0
     with tempfile.TemporaryDirectory() as cache:
-        scorer = PairScorer(loaded.model)
+        scorer = make_scorer(loaded.model)
         begun = time.perf_counter()
         scorer.use_trunk(Path(cache), loaded.fingerprint)
-        reference = ReferenceCache(Path(cache), loaded.fingerprint, loaded.device).get(scorer, pairs)
+        known = ReferenceCache(Path(cache), loaded.fingerprint, loaded.device).get(scorer, pairs)
+        reference = RowValues.of(known, pairs)
         seconds["reference_seconds"] = time.perf_counter() - begun
         optimizer = AdapterOptimizer(loaded.model, TrainRecipe(learning_rate=common.LEARNING_RATE))
         loaded.model.train()
         for _ in range(2):
             for start in range(0, len(pairs), common.BATCH):
                 begun = time.perf_counter()
-                window = range(start, min(start + common.BATCH, len(pairs)))
-                result = scorer.loss_and_grad([pairs[i] for i in window], reference.rows(window), settings)
+                window = pairs[start : start + common.BATCH]
+                known = reference.take(range(start, start + len(window)))
+                result = scorer.loss_and_grad(window, method.window_loss(window, known))
                 optimizer.update(result.grad, norm=global_norm(result.grad), learning_rate=common.LEARNING_RATE)
                 steps.append(time.perf_counter() - begun)
                 losses.append(result.loss)

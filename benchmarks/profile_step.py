@@ -18,17 +18,20 @@ sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx
 
+from localdpo.core.losses import LossSettings
+from localdpo.core.score import evaluating
 from localdpo.data.encode import encode_pairs
 from localdpo.data.pairs import read_pairs
 from localdpo.dpo.attention import LaneAttention, PackedCache
 from localdpo.dpo.forward import SharedForward
-from localdpo.dpo.losses import LossSettings
 from localdpo.dpo.packing import pack
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import FastScorer
+from localdpo.methods.dpo import DPO
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.load import load_model
 from localdpo.model.lora import LoraSettings, attach_lora
 from localdpo.recipe import TrainRecipe
+from localdpo.sequences import sequences_of
 from localdpo.train.optimizer import AdapterOptimizer, global_norm
 
 ROUNDS = 5
@@ -50,23 +53,23 @@ def main() -> None:
     attach_lora(loaded.model, LoraSettings(rank=8, scale=2.0, num_layers=layers, seed=0))
     rows = read_pairs(ROOT / "benchmarks" / "data" / "pandalm_64.jsonl").pairs[:8]
     pairs = encode_pairs(rows, loaded.tokenizer, 512, "keep_start").pairs
-    scorer = PairScorer(loaded.model)
+    scorer = FastScorer(loaded.model)
     forward = scorer._forward
     assert isinstance(forward, SharedForward)
-    batch = pack(pairs)
+    batch = pack(sequences_of(pairs))
     hidden = mx.random.normal((len(batch.tokens), loaded.config["hidden_size"]))
     rows_at, targets = mx.array(batch.rows), mx.array(batch.targets)
     head = forward.anatomy.head
-    with scorer_off(loaded.model), blas_threads_within(1):
+    with evaluating(loaded.model), blas_threads_within(1):
         body = seconds(lambda: forward._bodies(batch, lambda *_: forward.anatomy.layers))
         attention = seconds(lambda: attend(batch, loaded.config))
         plain = seconds(lambda: head.logps(hidden[rows_at], targets, grad=False))
         fused = seconds(lambda: head.logps(hidden[rows_at], targets, grad=True))
-    reference = scorer.reference_logps(pairs)
-    settings = LossSettings(loss_type="sigmoid", beta=0.1)
-    result = scorer.loss_and_grad(pairs, reference, settings)
+    method = DPO(LossSettings(loss_type="sigmoid", beta=0.1))
+    loss = method.window_loss(pairs, scorer.reference_logps(sequences_of(pairs)))
+    result = scorer.loss_and_grad(pairs, loss)
     optimizer = AdapterOptimizer(loaded.model, TrainRecipe())
-    step = seconds(lambda: list(scorer.loss_and_grad(pairs, reference, settings).grad.values()))
+    step = seconds(lambda: list(scorer.loss_and_grad(pairs, loss).grad.values()))
     update = seconds(
         lambda: optimizer.update(result.grad, norm=global_norm(result.grad), learning_rate=1e-9) or mx.array(0)
     )
@@ -81,13 +84,6 @@ def main() -> None:
         ("clip and AdamW", update),
     ):
         print(f"| {name} | {1e3 * value:.0f} |")
-
-
-def scorer_off(model):  # type: ignore[no-untyped-def]
-    """Dropout off, as while the forward is chosen."""
-    from localdpo.dpo.scorer import _evaluating
-
-    return _evaluating(model)
 
 
 def attend(batch, config):  # type: ignore[no-untyped-def]

@@ -23,16 +23,17 @@ sys.path.insert(0, str(ROOT))
 import mlx.core as mx
 import numpy as np
 
-from localdpo.data.encode import EncodedPair
+from localdpo.core.losses import LossSettings
+from localdpo.core.reference import ReferenceCache
 from localdpo.dpo.budget import CPU_STREAMS
-from localdpo.dpo.losses import LossSettings
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import FastScorer
+from localdpo.methods.dpo import DPO
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import core_streams
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, attach_lora
 from localdpo.recipe import Recipe
+from localdpo.sequences import EncodedRow, RowValues
 from localdpo.train.optimizer import AdapterOptimizer, global_norm
 from localdpo.train.plan import make_plan
 
@@ -64,20 +65,22 @@ def measure(spec: Spec, folder: Path) -> dict[str, Any]:
     info = attach_lora(loaded.model, LoraSettings(rank=8, scale=2.0, num_layers=spec.layers, seed=spec.seed))
     pairs = random_pairs(spec, int(loaded.config["vocab_size"]))
     estimate = _estimate(spec, loaded, info, pairs)
-    scorer = PairScorer(loaded.model, gradient_checkpointing=spec.checkpointing)
+    scorer = FastScorer(loaded.model, gradient_checkpointing=spec.checkpointing)
     mx.reset_peak_memory()
     begun = time.perf_counter()
     scorer.use_trunk(folder / "trunk", loaded.fingerprint)
-    reference = ReferenceCache(folder / "reference", loaded.fingerprint, loaded.device).get(scorer, pairs)
+    cache = ReferenceCache(folder / "reference", loaded.fingerprint, loaded.device)
+    reference = RowValues.of(cache.get(scorer, pairs), pairs)
     prepared = time.perf_counter() - begun
     optimizer = AdapterOptimizer(loaded.model, Recipe.model_validate(_recipe(spec)).train)
-    settings = LossSettings(loss_type="sigmoid", beta=0.1)
+    method = DPO(LossSettings(loss_type="sigmoid", beta=0.1))
     loaded.model.train()
     seconds, tokens = [], 0
     for step in range(spec.steps + 1):
         rows = [(step * spec.batch + i) % len(pairs) for i in range(spec.batch)]
         begun = time.perf_counter()
-        result = scorer.loss_and_grad([pairs[row] for row in rows], reference.rows(rows), settings)
+        window = [pairs[row] for row in rows]
+        result = scorer.loss_and_grad(window, method.window_loss(window, reference.take(rows)))
         optimizer.update(result.grad, norm=global_norm(result.grad), learning_rate=1e-4)
         if step:
             seconds.append(time.perf_counter() - begun)
@@ -120,7 +123,7 @@ def _recipe(spec: Spec) -> dict[str, Any]:
     return {"model": "smollm2-135m", "data": {"train": "pairs.jsonl"}, "train": train}
 
 
-def _estimate(spec: Spec, loaded: LoadedModel, info: Any, pairs: list[EncodedPair]) -> dict[str, int] | None:
+def _estimate(spec: Spec, loaded: LoadedModel, info: Any, pairs: list[EncodedRow]) -> dict[str, int] | None:
     recipe = Recipe.model_validate(_recipe(spec))
     plan = make_plan(
         recipe, loaded, info, pairs, held_out=0, retain_tokens=[], probes=0, truncated=0, skipped=[], warnings=[]
@@ -128,7 +131,7 @@ def _estimate(spec: Spec, loaded: LoadedModel, info: Any, pairs: list[EncodedPai
     return plan.memory.to_json() if plan.memory else None
 
 
-def random_pairs(spec: Spec, vocabulary: int) -> list[EncodedPair]:
+def random_pairs(spec: Spec, vocabulary: int) -> list[EncodedRow]:
     """Pairs of random ids, no two prompts alike but for their first 16 tokens."""
     rng = np.random.default_rng(spec.seed)
     start = rng.integers(10, vocabulary, 16)
@@ -138,7 +141,7 @@ def random_pairs(spec: Spec, vocabulary: int) -> list[EncodedPair]:
 
     prompt, answer = spec.tokens // 2, spec.tokens // 4
     return [
-        EncodedPair(np.concatenate([start, ids(prompt - 16)]).astype(np.int32), ids(answer), ids(answer), row=row)
+        EncodedRow.of(np.concatenate([start, ids(prompt - 16)]).astype(np.int32), (ids(answer), ids(answer)), row=row)
         for row in range(spec.pairs)
     ]
 

@@ -20,7 +20,11 @@ from localdpo.errors import InputError, Problem
 from localdpo.settings import Finding, Settings, conflict, to_yaml, validate
 from localdpo.yamlfile import KeyPath, parse_yaml, read_yaml
 
+METHODS: dict[str, str] = {"dpo": "localdpo.methods.dpo"}
+"""The ways to teach, by the name that a recipe gives: the module of each."""
+
 __all__ = [
+    "METHODS",
     "AlarmName",
     "DPORecipe",
     "DataRecipe",
@@ -53,6 +57,15 @@ _Text = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 _File = Annotated[Path, Field(strict=False)]
 _Fraction = Annotated[float, Field(ge=0, le=0.5)]
 _Positive = Annotated[int, Field(ge=1)]
+
+
+def _method(name: str) -> str:
+    """``name`` when there is such a method."""
+    if name not in METHODS:
+        raise PydanticCustomError(
+            "method", "is {name}, and must be {known}", {"name": repr(name), "known": " or ".join(METHODS)}
+        )
+    return name
 
 
 def _alarm(text: str) -> str:
@@ -291,6 +304,10 @@ class Recipe(_Section):
     quantize: Literal[2, 3, 4, 6, 8] | None = Field(
         default=None,
         description="Bits to quantise an unquantised model to when it is loaded; null leaves it as it is.",
+    )
+    method: Annotated[str, AfterValidator(_method)] = Field(
+        default="dpo",
+        description="How to teach: dpo learns from pairs of a chosen and a rejected answer.",
     )
     seed: int = Field(
         default=0,

@@ -18,9 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tiny import TinySpec, randomise_adapter, tiny_config
 
-from localdpo.data.encode import EncodedPair
-from localdpo.dpo.losses import LossSettings, PairLogps
+from localdpo.core.losses import LossSettings, PairLogps
 from localdpo.model.lora import LoraSettings, attach_lora
+from localdpo.sequences import EncodedRow
 
 VOCABULARY = 89
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -121,15 +121,15 @@ def adapted_model(
     return model
 
 
-def pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], weight: float = 1.0) -> EncodedPair:
+def pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], weight: float = 1.0) -> EncodedRow:
     """A pair of plain lists of ids."""
-    ids = (np.array(part, np.int32) for part in (prompt, chosen, rejected))
-    return EncodedPair(*ids, weight=weight)
+    ids = [np.array(part, np.int32) for part in (prompt, chosen, rejected)]
+    return EncodedRow.of(ids[0], ids[1:], weight=weight)
 
 
 def random_pairs(
     seed: int, lengths: Sequence[tuple[int, int, int]], weights: Sequence[float] | None = None
-) -> list[EncodedPair]:
+) -> list[EncodedRow]:
     """Pairs of random ids with (prompt, chosen, rejected) ``lengths``."""
     rng = np.random.default_rng(seed)
     return [
@@ -164,7 +164,7 @@ def token_logps(model: nn.Module, prompt: np.ndarray, completion: np.ndarray) ->
     return mx.take_along_axis(logps, mx.array(completion)[:, None], axis=-1)[:, 0]
 
 
-def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, double: bool = True) -> PairLogps:
+def pair_logps(model: nn.Module, pairs: Sequence[EncodedRow], *, double: bool = True) -> PairLogps:
     """Sums in float64, one sequence at a time."""
     with doubled(model, double):
         sides = [
@@ -174,14 +174,14 @@ def pair_logps(model: nn.Module, pairs: Sequence[EncodedPair], *, double: bool =
     return PairLogps(*sides, *counts(pairs))
 
 
-def counts(pairs: Sequence[EncodedPair]) -> tuple[np.ndarray, np.ndarray]:
+def counts(pairs: Sequence[EncodedRow]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the chosen and of the rejected completions."""
     return np.array([len(p.chosen_ids) for p in pairs]), np.array([len(p.rejected_ids) for p in pairs])
 
 
 def gradient(
     model: nn.Module,
-    pairs: Sequence[EncodedPair],
+    pairs: Sequence[EncodedRow],
     into_chosen: np.ndarray,
     into_rejected: np.ndarray,
     *,
@@ -261,7 +261,7 @@ class Step(NamedTuple):
     policy: PairLogps
 
 
-def step(model: nn.Module, pairs: Sequence[EncodedPair], reference: PairLogps | None, settings: LossSettings) -> Step:
+def step(model: nn.Module, pairs: Sequence[EncodedRow], reference: PairLogps | None, settings: LossSettings) -> Step:
     """Loss, NLL a token and adapter gradient of one optimizer step over ``pairs``, the plainest way."""
     policy = pair_logps(model, pairs)
     weights = np.array([p.weight for p in pairs])

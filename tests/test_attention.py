@@ -11,11 +11,13 @@ import mlx_lm.models.qwen3
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from oracles import pair, random_model, random_pairs
+from oracles import adapted_model, pair, random_model, random_pairs
 
 from localdpo.dpo import attention
-from localdpo.dpo.attention import LaneAttention, PackedCache, Window, install
+from localdpo.dpo.attention import LaneAttention, PackedAttention, PackedCache, Window
 from localdpo.dpo.packing import PackedBatch, pack
+from localdpo.dpo.scorer import FastScorer
+from localdpo.sequences import sequences_of
 
 HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 2, 8, 6
 SCALE = 0.4
@@ -26,7 +28,7 @@ def batch(min_shared: int = 1) -> PackedBatch:
     rows = random_pairs(0, [(9, 6, 4), (12, 1, 7), (3, 5, 5)])
     opening = rows[0].prompt_ids[:5].tolist()
     rows[1] = pair([*opening, *rows[1].prompt_ids], rows[1].chosen_ids, rows[1].rejected_ids)
-    return pack(rows, min_shared=min_shared)
+    return pack(sequences_of(rows), min_shared=min_shared)
 
 
 def inputs(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -94,7 +96,7 @@ def test_output_and_gradients_equal_masked_softmax(
 
 @both
 def test_an_extreme_score_does_not_overflow(fused: bool) -> None:
-    packed = pack([pair([1, 2, 3], [4, 5], [6, 7])], min_shared=1)
+    packed = pack(pair([1, 2, 3], [4, 5], [6, 7]).sequences, min_shared=1)
     queries, keys, values, _ = inputs(len(packed.tokens))
     out = PackedCache(LaneAttention(packed, fused=fused)).attend(
         mx.array(1e3 * queries), mx.array(1e3 * keys), mx.array(values), SCALE, None
@@ -131,35 +133,63 @@ def greedy(model: object, count: int = 24) -> tuple[list[int], np.ndarray]:
     return [int(token) for token, _ in steps], np.array([np.array(logps) for _, logps in steps])
 
 
-def original(module: object, name: str) -> object:
-    function = getattr(module, name)
-    return getattr(function, "localdpo_original", function)
+NAMES = ("scaled_dot_product_attention", "swiglu")
 
 
-def test_installing_changes_no_generation_and_nests_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("scaled_dot_product_attention", "swiglu")
-    before = {name: original(mlx_lm.models.qwen3, name) for name in names}
-    for name, function in before.items():
-        monkeypatch.setattr(mlx_lm.models.qwen3, name, function)
+def functions() -> dict[str, object]:
+    return {name: getattr(mlx_lm.models.qwen3, name) for name in NAMES}
+
+
+def test_within_the_patch_generation_is_the_same_and_after_it_all_is_as_before() -> None:
     model = random_model("qwen3", tied=False, seed=1)
-    tokens, logps = greedy(model)
+    before, (tokens, logps) = functions(), greedy(model)
     assert len(set(tokens)) > 4
-    install(model, fast_activations=True)
-    replaced = {name: getattr(mlx_lm.models.qwen3, name) for name in names}
-    install(model, fast_activations=True)
-    for name in names:
-        assert replaced[name] is not before[name]
-        assert getattr(mlx_lm.models.qwen3, name) is replaced[name]
-        assert replaced[name].localdpo_original is before[name]
-    tokens_after, logps_after = greedy(model)
-    assert tokens_after == tokens
-    np.testing.assert_allclose(logps_after, logps, atol=1e-5)
+    patch, other = (PackedAttention(model, fast_activations=True) for _ in range(2))
+    with patch:
+        replaced = functions()
+        assert all(replaced[name] is not before[name] for name in NAMES)
+        tokens_within, logps_within = greedy(model)
+        other.__enter__()
+        assert functions() == replaced, "nothing is replaced twice"
+    assert functions() == replaced, "not before the last one leaves"
+    other.__exit__()
+    assert functions() == before
+    assert tokens_within == tokens
+    np.testing.assert_allclose(logps_within, logps, atol=1e-5)
+
+
+def test_a_step_takes_back_what_it_patched_even_when_it_fails() -> None:
+    model = adapted_model("qwen3")
+    before = functions()
+    scorer = FastScorer(model)
+    row = pair([1, 2, 3], [4, 5], [6])
+    scorer.logps(row.sequences)
+    assert functions() == before
+
+    class Broken:
+        columns = ()
+
+        def share(self, *_: object) -> object:
+            assert functions() != before
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        scorer.loss_and_grad([row], Broken())
+    assert functions() == before
 
 
 def test_only_the_models_own_modules_are_touched() -> None:
-    untouched = original(mlx_lm.models.base, "scaled_dot_product_attention")
-    install(random_model("qwen3"), fast_activations=False)
-    assert mlx_lm.models.base.scaled_dot_product_attention is untouched
+    untouched = mlx_lm.models.base.scaled_dot_product_attention
+    with PackedAttention(random_model("qwen3"), fast_activations=False):
+        assert mlx_lm.models.base.scaled_dot_product_attention is untouched
+
+
+def test_a_mask_of_the_models_own_is_refused() -> None:
+    packed = pack(pair([1, 2], [3], [4]).sequences)
+    queries = mx.zeros((len(packed.tokens), HEADS, 1, WIDTH))
+    cache = PackedCache(LaneAttention(packed, fused=False))
+    with pytest.raises(TypeError, match="mask of the model's own"):
+        cache.attend(queries, queries, queries, 1.0, mx.zeros((1, 1)))
 
 
 def test_attention_sinks_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,16 +201,11 @@ def test_attention_sinks_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) 
         return queries
 
     monkeypatch.setattr(mlx_lm.models.llama, "scaled_dot_product_attention", attention)
-    install(random_model("llama"), fast_activations=False)
-    packed = pack([pair([1, 2], [3], [4])])
+    packed = pack(pair([1, 2], [3], [4]).sequences)
     queries = mx.zeros((len(packed.tokens), HEADS, 1, WIDTH))
-    mlx_lm.models.llama.scaled_dot_product_attention(
-        queries,
-        queries,
-        queries,
-        cache=PackedCache(LaneAttention(packed, fused=False)),
-        scale=1.0,
-        mask=None,
-        sinks=mx.zeros(4),
-    )
+    cache = PackedCache(LaneAttention(packed, fused=False))
+    with PackedAttention(random_model("llama"), fast_activations=False):
+        mlx_lm.models.llama.scaled_dot_product_attention(
+            queries, queries, queries, cache=cache, scale=1.0, mask=None, sinks=mx.zeros(4)
+        )
     assert len(seen) == 1

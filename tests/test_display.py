@@ -71,7 +71,7 @@ def plain(events: list[Event]) -> list[str]:
 def test_a_pipe_gets_lines_without_escapes():
     lines = plain(a_run())
     assert not [line for line in lines if "\x1b" in line or "\r" in line]
-    assert lines[:2] == ["loading the model", "scoring the pairs with the reference (8)"]
+    assert lines[:2] == ["loading the model", "scoring the answers with the reference (8)"]
     assert "step 1/4  loss 0.7000  accuracy 0.50  margin +0.10  412 tok/s  1.25 s/step  3 s left" in lines
     assert "step 4  held out: loss 0.2500  accuracy 1.00  (best so far)" in lines
     assert "warning: p.jsonl:3: two ␛[31mrows Look." in lines

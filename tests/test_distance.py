@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pair_scorer import PairScorer
 from tiny import tiny_model
 
 from localdpo.console.pairs_check import Request, run
 from localdpo.data.check.findings import Severity
 from localdpo.data.encode import encode_pairs
 from localdpo.data.pairs import read_pairs
-from localdpo.dpo.scorer import PairScorer
 from localdpo.evaluate.distance import Distances, distance_findings, measure_distances, robust_z
 from localdpo.model.load import LoadedModel, load_model
 
@@ -76,7 +76,7 @@ def test_distances_are_the_scorer_s_log_probs_a_token(tiny: LoadedModel, tmp_pat
     assert measured.lines.tolist() == [2, 3, 4, 5, 6]
     assert measured.chosen == pytest.approx(logps.chosen / [len(pair.chosen_ids) for pair in pairs], abs=1e-4)
     assert measured.rejected == pytest.approx(logps.rejected / [len(pair.rejected_ids) for pair in pairs], abs=1e-4)
-    assert calls[-1] == (5, 5)
+    assert calls[-1] == (10, 10)  # both answers of five pairs
 
 
 def test_a_model_on_the_command_line(tiny: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from localdpo.data import template as template_module
 from localdpo.data.chat import ChatFormat, Refusal
 from localdpo.data.encode import (
-    EncodedPair,
     check_template,
     encode_pairs,
     encode_prompt,
@@ -24,10 +23,15 @@ from localdpo.data.encode import (
 )
 from localdpo.data.pairs import PreferencePair
 from localdpo.errors import InputError
+from localdpo.sequences import EncodedRow, TokenSequence
 
 HI = [{"role": "user", "content": "Hi"}]
 TURNS = [*HI, {"role": "assistant", "content": "No"}, {"role": "user", "content": "Yes"}]
 SYSTEM = [{"role": "system", "content": "Sys"}, *HI]
+
+
+def keys(row: EncodedRow) -> list[str]:
+    return [sequence.key for sequence in row.sequences]
 
 
 def pair(prompt: Any = HI, chosen: str = "Yes", rejected: str = "No", **fields: Any) -> PreferencePair:
@@ -35,7 +39,7 @@ def pair(prompt: Any = HI, chosen: str = "Yes", rejected: str = "No", **fields: 
     return PreferencePair(tuple(turns), chosen, rejected, source="pairs.jsonl", **fields)
 
 
-def rendered(tokenizer: Any, encoded: EncodedPair) -> tuple[str, str, str]:
+def rendered(tokenizer: Any, encoded: EncodedRow) -> tuple[str, str, str]:
     return tuple(tokenizer.decode(ids) for ids in (encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids))
 
 
@@ -146,7 +150,7 @@ def test_a_tokenizer_that_writes_bos_unasked_is_put_right():
     for ours, theirs in zip(
         encode_pairs([pair(), pair(chosen="\nYes")], Eager(tokenizer)).pairs, expected, strict=True
     ):
-        assert ours.key == theirs.key
+        assert keys(ours) == keys(theirs)
 
 
 def test_a_template_that_writes_bos_twice_is_put_right():
@@ -374,7 +378,7 @@ def test_nothing_is_cut_at_exactly_max_length():
     for truncation in ("keep_start", "keep_end", "skip"):
         result = encode(longest, truncation)
         assert (result.truncated, result.skipped, result.warnings) == (0, [], [])
-        assert result.pairs[0].key == whole.key
+        assert keys(result.pairs[0]) == keys(whole)
 
 
 def test_keep_start_cuts_the_answers_end_and_says_so():
@@ -489,16 +493,19 @@ def test_fields_of_an_encoded_pair():
 
 
 def test_the_key_covers_each_array_and_nothing_else():
-    def make(*arrays: list[int], **fields: Any) -> str:
-        return EncodedPair(*(np.array(ids, np.int32) for ids in arrays), **fields).key
+    def make(prompt: list[int], completion: list[int]) -> TokenSequence:
+        return TokenSequence(np.array(prompt, np.int32), np.array(completion, np.int32))
 
-    key = make([1, 2], [3], [4])
-    digest = hashlib.sha256()
-    for ids in ([1, 2], [3], [4]):
-        digest.update(len(ids).to_bytes(8, "little") + b"".join(i.to_bytes(4, "little") for i in ids))
-    assert key == digest.hexdigest()
-    assert key == make([1, 2], [3], [4], weight=2.0, row=5)
-    assert len({key, make([1], [2, 3], [4]), make([1, 2], [4], [3]), make([1, 2], [3, 4], [])}) == 4
+    def digest_of(*arrays: list[int]) -> str:
+        digest = hashlib.sha256()
+        for ids in arrays:
+            digest.update(len(ids).to_bytes(8, "little") + b"".join(i.to_bytes(4, "little") for i in ids))
+        return digest.hexdigest()
+
+    sequence = make([1, 2], [3])
+    assert sequence.key == digest_of([1, 2], [3])
+    assert sequence.prompt_key == digest_of([1, 2]) == make([1, 2], [4, 5]).prompt_key
+    assert len({sequence.key, sequence.prompt_key, make([1], [2, 3]).key, make([1, 2], [4]).key}) == 4
 
 
 def test_progress_counts_pairs():
@@ -545,7 +552,7 @@ def test_the_wrapper_of_mlx_lm_gives_the_same_ids():
         tokenizer = family(name)
         wrapped = tokenizer_utils.TokenizerWrapper(tokenizer, eos_token_ids=end_of_turn_ids(tokenizer))
         ours, theirs = encode_pairs([pair(TURNS)], wrapped), encode_pairs([pair(TURNS)], tokenizer)
-        assert ours.pairs[0].key == theirs.pairs[0].key
+        assert keys(ours.pairs[0]) == keys(theirs.pairs[0])
         assert not any("EOS" in warning.message for warning in ours.warnings)
 
 

@@ -7,17 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from pair_scorer import PairScorer
 from tiny import randomise_adapter, tiny_model
 
-from localdpo.data.encode import EncodedPair, encode_prompt
+from localdpo.data.encode import encode_prompt
 from localdpo.data.pairs import PreferencePair, PromptRow
 from localdpo.dpo.divergence import token_kl
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import FastScorer
 from localdpo.evaluate.drift import Drift, DriftOptions, PromptSet, answer_kl, measure_drift
 from localdpo.evaluate.rewording import KINDS, reworded
 from localdpo.evaluate.wording import distinct, mentions, overlap_f1, repetition, taught_phrases, words_of
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
+from localdpo.sequences import EncodedRow
 from localdpo.steps import Steps
 
 
@@ -50,14 +52,14 @@ def oracle(loaded: LoadedModel, prompt: np.ndarray, answer: np.ndarray) -> float
     return float((np.exp(base) * (base - tuned)).sum())
 
 
-def pairs_of(loaded: LoadedModel) -> list[EncodedPair]:
+def pairs_of(loaded: LoadedModel) -> list[EncodedRow]:
     random = np.random.default_rng(0)
 
     def ids(length: int) -> np.ndarray:
         return random.integers(10, 300, length).astype(np.int32)
 
     opening = ids(12)
-    return [EncodedPair(np.concatenate([opening, ids(3 + n)]), ids(5 + 3 * n), ids(2 + n)) for n in range(5)]
+    return [EncodedRow.of(np.concatenate([opening, ids(3 + n)]), (ids(5 + 3 * n), ids(2 + n))) for n in range(5)]
 
 
 @pytest.mark.parametrize("path", ["shared", "plain"])
@@ -97,7 +99,7 @@ def test_kl_in_chunks_is_kl_at_once_and_has_a_direction():
 def test_an_answer_gets_its_end_of_turn_unless_it_was_cut_off(tuned: LoadedModel):
     prompt = encode_prompt([{"role": "user", "content": "who?"}], tuned.tokenizer)
     tokens = tuned.tokenizer.encode("my name", add_special_tokens=False)
-    scorer = PairScorer(tuned.model)
+    scorer = FastScorer(tuned.model)
     ((whole, count),) = answer_kl(tuned, scorer, [prompt], ["my name"], 32)
     ((cut, cut_count),) = answer_kl(tuned, scorer, [prompt], ["my name"], len(tokens))
     assert (count, cut_count) == (len(tokens) + 1, len(tokens))
@@ -107,7 +109,7 @@ def test_an_answer_gets_its_end_of_turn_unless_it_was_cut_off(tuned: LoadedModel
 
 
 def run_drift(loaded: LoadedModel, sets: list[PromptSet], pairs: list[PreferencePair], **options: int) -> Drift | None:
-    steps = Steps(measure_drift(loaded, PairScorer(loaded.model), sets, pairs, DriftOptions(max_tokens=6, **options)))
+    steps = Steps(measure_drift(loaded, FastScorer(loaded.model), sets, pairs, DriftOptions(max_tokens=6, **options)))
     assert all(0 <= event.fraction <= 1 for event in steps)  # type: ignore[attr-defined]
     return steps.result
 

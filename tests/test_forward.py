@@ -12,9 +12,9 @@ import oracles
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from oracles import FAMILIES, VOCABULARY, adapted_model, pair, random_model, random_pairs
+from pair_scorer import PairScorer
 from tiny import randomise_adapter
 
-from localdpo.data.encode import EncodedPair
 from localdpo.dpo.anatomy import NotUnderstood
 from localdpo.dpo.forward import Forward, choose_forward, exact_logps
 from localdpo.dpo.packing import pack
@@ -22,6 +22,7 @@ from localdpo.dpo.recompute import Checkpointed, InOrder
 from localdpo.model.device import lane_streams
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
+from localdpo.sequences import EncodedRow, sequences_of
 
 PATHS = {family: "plain" if family in ("gemma2", "lfm2") else "shared" for family in FAMILIES}
 REASONS = {"gemma2": "differs by", "lfm2": "TypeError"}
@@ -31,7 +32,7 @@ GRAD_TOLERANCES = {"gemma4_text": 2e-5}
 depending on how BLAS splits a product."""
 
 
-def some_pairs() -> list[EncodedPair]:
+def some_pairs() -> list[EncodedRow]:
     """Longer than the windows, of unequal lengths; an equal prompt, a common opening, answers that begin alike."""
     rows = random_pairs(3, [(11, 6, 4), (14, 1, 9), (1, 3, 2), (10, 7, 7)])
     opening = rows[0].prompt_ids
@@ -40,24 +41,23 @@ def some_pairs() -> list[EncodedPair]:
     return rows
 
 
-def sums(model: nn.Module, forward: Forward, pairs: Sequence[EncodedPair]) -> np.ndarray:
-    logps, membership, _ = forward.run(pairs, grad=False)
-    return np.array(mx.array(membership) @ logps).reshape(-1, 2)
+def sums(model: nn.Module, forward: Forward, pairs: Sequence[EncodedRow]) -> np.ndarray:
+    return np.array(forward.run(sequences_of(pairs), grad=False).sums).reshape(-1, 2)
 
 
 def with_gradient(
-    model: nn.Module, forward: Forward, pairs: Sequence[EncodedPair], factors: np.ndarray, checkpoint: bool = False
+    model: nn.Module, forward: Forward, pairs: Sequence[EncodedRow], factors: np.ndarray, checkpoint: bool = False
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Sums [B, 2], and the adapter gradient of sum(factors * sums)."""
 
     def total(parameters: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
         model.update(tree_unflatten(list(parameters.items())))
-        logps, membership, _ = forward.run(pairs, grad=True, checkpoint=checkpoint)
-        out = (mx.array(membership) @ logps).reshape(-1, 2)
+        out = forward.run(sequences_of(pairs), grad=True, checkpoint=checkpoint).sums.reshape(-1, 2)
         return mx.sum(mx.array(factors.astype(np.float32)) * out), out
 
     parameters = dict(tree_flatten(model.trainable_parameters()))
-    (_, out), grads = mx.value_and_grad(total)(parameters)
+    with forward.patch:
+        (_, out), grads = mx.value_and_grad(total)(parameters)
     mx.eval(out, grads)
     model.update(tree_unflatten(list(parameters.items())))
     return np.array(out), {name: np.array(value) for name, value in grads.items()}
@@ -132,6 +132,45 @@ def test_a_window_longer_than_the_probe_but_not_than_the_pairs() -> None:
     assert_sums(sums(model, forward, pairs), oracles.pair_logps(model, pairs))
 
 
+class WindowOfItsOwn(nn.Module):
+    """An attention that masks what is far away by itself, and only where there is something far away."""
+
+    def __init__(self, inner: nn.Module, size: int) -> None:
+        super().__init__()
+        self.inner, self.size = inner, size
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        length = x.shape[1]
+        if length > self.size:
+            apart = mx.arange(length)[:, None] - mx.arange(length)[None]
+            mask = (apart >= 0) & (apart < self.size)
+        return self.inner(x, mask, cache)
+
+
+@pytest.mark.parametrize("setting", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_the_cache_is_not_asked_for_is_proved_once_a_row_reaches_it(setting: str) -> None:
+    model = adapted_model("llama")
+    for layer in model.layers:
+        layer.self_attn = WindowOfItsOwn(layer.self_attn, 40)
+    setattr(model.args, setting, 40)
+    scorer = PairScorer(model)
+    short, long = random_pairs(1, [(9, 4, 6), (12, 5, 3)]), random_pairs(2, [(60, 30, 12), (40, 5, 40)])
+    assert_sums(np.stack(scorer.logps(short)[:2], axis=1), oracles.pair_logps(model, short))
+    assert scorer.path == "shared"
+    assert_sums(np.stack(scorer.logps(long)[:2], axis=1), oracles.pair_logps(model, long))
+    assert scorer.path == "plain"
+    assert "differs" in scorer.path_reason
+    assert_sums(np.stack(scorer.logps(short)[:2], axis=1), oracles.pair_logps(model, short))
+
+
+def test_a_window_that_changes_nothing_stays_shared() -> None:
+    model, pairs = adapted_model("llama"), random_pairs(2, [(60, 30, 12)])
+    model.args.sliding_window = 48
+    scorer = PairScorer(model)
+    assert_sums(np.stack(scorer.logps(pairs)[:2], axis=1), oracles.pair_logps(model, pairs))
+    assert scorer.path == "shared"
+
+
 @pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_adapters_in_the_top_layer_only(family: str) -> None:
     """Layers without trainable arrays are checkpointed too, and pass gradients on."""
@@ -202,8 +241,8 @@ def test_an_edited_token_changes_its_own_prediction_and_later_ones(path: Any) ->
     prompt, answer = random_pairs(5, [(12, 8, 1)])[0].prompt_ids, random_pairs(5, [(12, 8, 1)])[0].chosen_ids
 
     def per_token(ids: np.ndarray) -> np.ndarray:
-        logps, membership, _ = forward.run([pair(prompt, ids, [1])], grad=False)
-        return np.array(logps)[membership[0] > 0]
+        logps = forward.run(sequences_of([pair(prompt, ids, [1])]), grad=False)
+        return np.array(logps.predictions)[logps.members[0]]
 
     before = per_token(answer)
     for place in range(len(answer)):
@@ -226,8 +265,10 @@ def test_what_comes_after_a_completion_is_never_read() -> None:
 def test_tokens_run_are_counted_once_where_shared() -> None:
     model = adapted_model("llama")
     rows = [pair(range(10), [1, 2, 3], [4, 5]), pair(range(10), [6], [7, 8])]
-    shared, plain = (choose_forward(model, path)[0].run(rows, grad=False)[2] for path in ("shared", "plain"))
-    assert shared == len(pack(rows).tokens) == 10 + 2 + 1 + 0 + 1
+    shared, plain = (
+        choose_forward(model, path)[0].run(sequences_of(rows), grad=False).tokens_run for path in ("shared", "plain")
+    )
+    assert shared == len(pack(sequences_of(rows)).tokens) == 10 + 2 + 1 + 0 + 1
     assert plain == (10 + 2) + (10 + 1) + 10 + (10 + 1)
 
 

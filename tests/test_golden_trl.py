@@ -14,13 +14,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
+from pair_scorer import PairScorer
 
-from localdpo.data.encode import EncodedPair
-from localdpo.dpo.losses import LossSettings, PairLogps
-from localdpo.dpo.scorer import PairScorer
+from localdpo.core.losses import LossSettings, PairLogps
 from localdpo.model.lora import LoraSettings, attach_lora
 from localdpo.recipe import TrainRecipe
-from localdpo.train.monitor import Scores, row_metrics
+from localdpo.sequences import EncodedRow
 from localdpo.train.optimizer import AdapterOptimizer, global_norm, learning_rate_at
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -103,9 +102,9 @@ def scorer(variant: str, path: Any) -> PairScorer:
     return PairScorer(model, path=path)
 
 
-def encoded(batch: str) -> list[EncodedPair]:
+def encoded(batch: str) -> list[EncodedRow]:
     return [
-        EncodedPair(*(np.array(row[f"{part}_ids"], np.int32) for part in ("prompt", *SIDES)))
+        EncodedRow.of(np.array(row["prompt_ids"], np.int32), [np.array(row[f"{side}_ids"], np.int32) for side in SIDES])
         for row in TRL["batches"][batch]
     ]
 
@@ -150,8 +149,7 @@ def test_losses_and_rewards_agree(variant: str, batch: str, case: str) -> None:
     if "losses" in expected:
         rtol = 1e-5 if case == "sppo_hard" else 0
         np.testing.assert_allclose(result.losses, expected["losses"], rtol=rtol, atol=1e-4)
-    scores = Scores(result.policy, result.rewards_chosen, result.rewards_rejected)
-    for name, value in row_metrics(scores, pairs, reference).items():
+    for name, value in result.metrics.items():
         # TRL logs the means of the reference-free losses as logps; ours are sums throughout.
         if name in expected and not (settings.reference_free and name.startswith("logps/")):
             assert value == pytest.approx(expected[name], abs=1e-4), name
@@ -193,8 +191,7 @@ def test_ten_steps_of_training_agree(case: str) -> None:
         norm = global_norm(result.grad)
         assert result.loss == pytest.approx(theirs["loss"], abs=1e-4)
         assert norm == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        scores = Scores(result.policy, result.rewards_chosen, result.rewards_rejected)
-        for name, value in row_metrics(scores, window, reference.rows(rows)).items():
+        for name, value in result.metrics.items():
             if name in theirs:
                 assert value == pytest.approx(theirs[name], abs=1e-3 if "logps" in name else 1e-4), (step, name)
         rate = learning_rate_at(recipe, step + 1, training["steps"])

@@ -16,9 +16,24 @@ import pytest
 import localdpo
 
 PACKAGE = Path(localdpo.__file__).parent
-LAYERS = ("", "data", "model", "dpo", "train", "evaluate", "report", "export", "serve", "console", "commands", "cli")
+LAYERS = (
+    "",
+    "data",
+    "model",
+    "core",
+    "dpo",
+    "methods",
+    "train",
+    "evaluate",
+    "report",
+    "export",
+    "serve",
+    "console",
+    "commands",
+    "cli",
+)
 HEAVY = {"mlx", "mlx_lm", "transformers", "torch"}
-MAY_IMPORT_MLX = {"model", "dpo", "train", "evaluate", "export", "serve"}
+MAY_IMPORT_MLX = {"model", "core", "methods", "dpo", "train", "evaluate", "export", "serve"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 OPENS_THE_UI = "localdpo.console.ui"  # the one door: everything else works without localdpo_tui
 PUBLIC = (PACKAGE / "__init__.py", PACKAGE / "__main__.py")  # these name every layer

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from pair_scorer import PairScorer
 from tiny import tiny_model
 from training import adapter_arrays, collect, lasting, losses, of, recipe_for, stopped_at, workspace, write_rows
 
 from localdpo.data.order import Position
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import FastScorer
 from localdpo.errors import DivergedError, EnvironmentFault, InputError
 from localdpo.model.load import load_model
 from localdpo.model.lora import load_adapter
@@ -411,17 +412,17 @@ def test_stop_before_going_on_keeps_where_the_run_was(root):
 
 def test_a_loss_that_is_not_finite_names_its_rows_and_publishes_nothing(root, monkeypatch):
     recipe = recipe_for(root)
-    real = PairScorer.loss_and_grad
+    real = FastScorer.loss_and_grad
 
-    def poisoned(self, window, reference, settings):
-        result = real(self, window, reference, settings)
-        for index, pair in enumerate(window):
-            if pair.line == 5:
-                result.policy.chosen[index] = np.nan
+    def poisoned(self, window, loss):
+        result = real(self, window, loss)
+        for index, row in enumerate(window):
+            if row.line == 5:
+                result.columns["logps/chosen"][index] = np.nan
                 return result._replace(loss=math.nan)
         return result
 
-    monkeypatch.setattr(PairScorer, "loss_and_grad", poisoned)
+    monkeypatch.setattr(FastScorer, "loss_and_grad", poisoned)
     seen = []
     with pytest.raises(DivergedError, match=r"pairs\.jsonl:5\. Look at") as info:
         seen.extend(train(recipe))

@@ -10,7 +10,7 @@ import numpy as np
 import oracles
 import pytest
 
-from localdpo.dpo.losses import LOSSES, LossOutput, LossSettings, PairLogps, Policy, preference_loss
+from localdpo.core.losses import LOSSES, LossInputs, LossOutput, LossSettings, PairLogps, preference_loss
 from localdpo.recipe import REFERENCE_FREE_LOSSES, DPORecipe, LossType
 
 ALL = get_args(LossType)
@@ -22,15 +22,15 @@ def settings_for(loss_type: LossType, **more: float) -> LossSettings:
     return LossSettings(loss_type, **{"beta": 0.3, "label_smoothing": smoothing, **more})
 
 
-def as_policy(policy: PairLogps, reference: PairLogps) -> Policy:
+def as_policy(policy: PairLogps, reference: PairLogps) -> LossInputs:
     columns = (policy.chosen, policy.rejected, reference.chosen, reference.rejected, *policy[2:])
-    return Policy(*(mx.array(np.asarray(column, np.float32)) for column in columns))
+    return LossInputs(*(mx.array(np.asarray(column, np.float32)) for column in columns))
 
 
 def at_margin(margin: float, settings: LossSettings) -> float:
     """The loss of one pair whose margin beta * (a - b) is ``margin``, made of four uneven log-probs."""
     a_minus_b = margin / settings.beta
-    policy = Policy(*(mx.array([x]) for x in (-20.0 + a_minus_b, -31.0, -22.0, -33.0, 7.0, 9.0)))
+    policy = LossInputs(*(mx.array([x]) for x in (-20.0 + a_minus_b, -31.0, -22.0, -33.0, 7.0, 9.0)))
     return preference_loss(policy, settings).losses.item()
 
 
@@ -67,7 +67,7 @@ def test_worked_values(loss_type: LossType, smoothing: float, margin: float, exp
 
 def test_worked_values_of_the_other_losses() -> None:
     """By hand, from a = 2, b = -1, n = 4 and 5, beta = 0.5, and mean log-probs of -1/2 and -2."""
-    policy = Policy(*(mx.array([x]) for x in (-2.0, -10.0, -4.0, -9.0, 4.0, 5.0)))
+    policy = LossInputs(*(mx.array([x]) for x in (-2.0, -10.0, -4.0, -9.0, 4.0, 5.0)))
 
     def loss(loss_type: LossType, **more: float) -> float:
         return preference_loss(policy, LossSettings(loss_type, **{"beta": 0.5, **more})).losses.item()
@@ -87,7 +87,7 @@ def test_slope_at_zero_margin_is_half_of_beta() -> None:
 
     def loss(ratio_difference: mx.array) -> mx.array:
         zero = mx.zeros(1)
-        policy = Policy(ratio_difference, zero, zero, zero, zero + 1, zero + 1)
+        policy = LossInputs(ratio_difference, zero, zero, zero, zero + 1, zero + 1)
         return mx.sum(preference_loss(policy, settings).losses)
 
     assert mx.grad(loss)(mx.zeros(1)).item() == pytest.approx(-0.05, abs=1e-7)
@@ -143,7 +143,7 @@ def test_extreme_margins_stay_finite_and_right(loss_type: LossType) -> None:
 def test_certain_answers_stay_finite(loss_type: LossType) -> None:
     """A log-prob of exactly 0 is what a memorised answer rounds to; 1 - p is then 0, which ORPO divides by."""
     zero, low = mx.zeros(2), mx.array([0.0, -3e4])
-    policy = Policy(zero, low, low, zero, zero + 3, zero + 4)
+    policy = LossInputs(zero, low, low, zero, zero + 3, zero + 4)
 
     def total(chosen: mx.array, rejected: mx.array) -> mx.array:
         return mx.sum(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from localdpo.data.encode import EncodedPair
 from localdpo.errors import DivergedError
 from localdpo.recipe import TrainRecipe
+from localdpo.sequences import EncodedRow
 from localdpo.train.optimizer import (
     AdapterOptimizer,
     global_norm,
@@ -167,7 +167,7 @@ def test_warm_up_by_ratio_is_rounded_up_and_leaves_a_step():
 
 def _window():
     ids = np.array([1, 2], np.int32)
-    return [EncodedPair(ids, ids, ids, row=n, line=n + 4, source="athene.jsonl") for n in range(3)]
+    return [EncodedRow.of(ids, (ids, ids), row=n, line=n + 4, source="athene.jsonl") for n in range(3)]
 
 
 def test_rows_that_are_not_finite_are_named():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import pair
 
-from localdpo.data.encode import EncodedPair
-from localdpo.dpo.packing import MIN_SHARED, PackedBatch, Segment, pack, sequence_of
+from localdpo.dpo import packing
+from localdpo.dpo.packing import MIN_SHARED, PackedBatch, Segment
+from localdpo.sequences import EncodedRow, sequences_of
+
+
+def pack(rows: Sequence[EncodedRow], **options: Any) -> PackedBatch:
+    return packing.pack(sequences_of(rows), **options)
 
 
 def spans(batch: PackedBatch) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:
@@ -37,8 +44,7 @@ def test_one_pair_by_hand() -> None:
     assert predictions(batch, 0) == [(1, 3), (2, 4), (3, 9)]
     assert predictions(batch, 1) == [(1, 5), (4, 9)]
     assert batch.rows.tolist() == [1, 1, 2, 3, 4]
-    assert batch.membership().tolist() == [[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert batch.num_pairs == 1
+    assert [members.tolist() for members in batch.members] == [[0, 2, 3], [1, 4]]
 
 
 def test_attention_of_one_pair_by_hand() -> None:
@@ -78,7 +84,7 @@ def test_a_prediction_both_answers_make_is_made_once() -> None:
     assert batch.tokens.tolist() == [1, 5, 6, 7]
     assert len(batch.rows) == 5
     assert set(batch.members[0]) & set(batch.members[1]) == {0}
-    assert batch.membership().sum(axis=1).tolist() == [3, 3]
+    assert [len(set(members.tolist())) for members in batch.members] == [3, 3]
 
 
 def test_short_prefixes_are_run_again() -> None:
@@ -120,15 +126,14 @@ def test_context_counts_ancestor_tokens() -> None:
 
 def test_a_sequence_lacks_its_last_token() -> None:
     row = pair([1, 2], [3, 4, 9], [9])
-    assert sequence_of(row, chosen=True).tolist() == [1, 2, 3, 4]
-    assert sequence_of(row, chosen=False).tolist() == [1, 2]
+    assert [sequence.inputs.tolist() for sequence in row.sequences] == [[1, 2, 3, 4], [1, 2]]
 
 
 ids = st.integers(0, 2)  # three ids collide all the time
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[EncodedPair]:
+def batches(draw: st.DrawFn) -> list[EncodedRow]:
     """Pairs with equal prompts, prompts that continue one another, equal and one-token answers, long openings."""
     opening = draw(st.lists(ids, max_size=12))
     prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=3))
@@ -141,7 +146,7 @@ def batches(draw: st.DrawFn) -> list[EncodedPair]:
 
 @settings(max_examples=120, derandomize=True, deadline=None)
 @given(rows=batches(), min_shared=st.sampled_from([1, 3, MIN_SHARED]), share=st.booleans())
-def test_every_prediction_reads_its_own_sequence(rows: list[EncodedPair], min_shared: int, share: bool) -> None:
+def test_every_prediction_reads_its_own_sequence(rows: list[EncodedRow], min_shared: int, share: bool) -> None:
     batch = pack(rows, share=share, min_shared=min_shared)
     completions = [(row.prompt_ids, ids) for row in rows for ids in (row.chosen_ids, row.rejected_ids)]
     for completion, (prompt, answer) in enumerate(completions):
@@ -153,16 +158,16 @@ def test_every_prediction_reads_its_own_sequence(rows: list[EncodedPair], min_sh
             assert batch.tokens[read].tolist() == whole[: len(prompt) + k]
             assert batch.positions[read].tolist() == list(range(len(prompt) + k))
             assert target == whole[len(prompt) + k]
-    assert batch.membership().sum(axis=1).tolist() == [len(answer) for _, answer in completions]
+    assert [len(set(members.tolist())) for members in batch.members] == [len(answer) for _, answer in completions]
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(rows=batches(), min_shared=st.sampled_from([1, 3, MIN_SHARED]), window=st.sampled_from([None, 1, 3, 40]))
-def test_mask_paths_and_segments_agree(rows: list[EncodedPair], min_shared: int, window: int | None) -> None:
+def test_mask_paths_and_segments_agree(rows: list[EncodedRow], min_shared: int, window: int | None) -> None:
     batch = pack(rows, min_shared=min_shared)
     size = len(batch.tokens)
     assert [index for s in batch.segments for index in range(s.start, s.stop)] == list(range(size))
-    sequences = [sequence_of(row, chosen) for row in rows for chosen in (True, False)]
+    sequences = [sequence.inputs for sequence in sequences_of(rows)]
     mask = batch.attention_mask(window)
     for token in range(size):
         read = path(batch, token)
@@ -181,12 +186,11 @@ def test_mask_paths_and_segments_agree(rows: list[EncodedPair], min_shared: int,
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(rows=batches())
-def test_with_no_minimum_every_prefix_is_run_once(rows: list[EncodedPair]) -> None:
+def test_with_no_minimum_every_prefix_is_run_once(rows: list[EncodedRow]) -> None:
     batch = pack(rows, min_shared=1)
     prefixes = {
         tuple(sequence[: end + 1].tolist())
-        for row in rows
-        for sequence in (sequence_of(row, True), sequence_of(row, False))
+        for sequence in (sequence.inputs for sequence in sequences_of(rows))
         for end in range(len(sequence))
     }
     assert len(batch.tokens) == len(prefixes)
@@ -206,7 +210,7 @@ def test_arrays_are_int32(field: str) -> None:
     lanes=st.sampled_from([1, 2, 3]),
 )
 def test_blocks_cover_every_token_once_and_see_what_segments_see(
-    rows: list[EncodedPair], call_cost: int, window: int | None, lanes: int
+    rows: list[EncodedRow], call_cost: int, window: int | None, lanes: int
 ) -> None:
     whole = pack(rows, min_shared=3).attention_mask(window)
     batch = pack(rows, min_shared=3).in_lanes(lanes, 0.5)
@@ -235,7 +239,7 @@ def test_a_long_segment_takes_as_many_calls_as_save_more_than_they_cost() -> Non
 
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(rows=batches(), lanes=st.sampled_from([1, 2, 3, 8]), cost=st.sampled_from([0.0, 0.3, 5.0]))
-def test_lanes_are_of_about_equal_work_and_need_no_later_one(rows: list[EncodedPair], lanes: int, cost: float) -> None:
+def test_lanes_are_of_about_equal_work_and_need_no_later_one(rows: list[EncodedRow], lanes: int, cost: float) -> None:
     batch = pack(rows).in_lanes(lanes, cost)
     assert batch.lanes[0][0] == 0
     assert batch.lanes[-1][1] == len(batch.tokens)

@@ -177,7 +177,7 @@ def test_a_key_like_no_other_gets_the_list(folder: Path):
     (problem,) = problems(folder, SHORT + "zzz: 1\n")
     assert problem == (
         "athene.yaml:3 zzz: is not a key of a recipe. "
-        "Keys here are data, dpo, lora, model, output_dir, quantize, seed, train."
+        "Keys here are data, dpo, lora, method, model, output_dir, quantize, seed, train."
     )
 
 

@@ -27,7 +27,7 @@ from training import collect, of, recipe_for, stopped_at, workspace
 from localdpo import files
 from localdpo.data.order import Position
 from localdpo.dpo import scorer
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import FastScorer
 from localdpo.errors import InputError
 from localdpo.recipe import dump_recipe
 from localdpo.train import loop
@@ -120,7 +120,7 @@ def test_killed_inside_an_accumulation_an_evaluation_a_save_or_the_last_step(roo
     recipe = _recipe(root, "moments")
     moments = Moments(run := recipe.output_dir, monkeypatch)
     moments.before(scorer, "_add", lambda total, part: bool(total) and _step(run) == 4)
-    moments.before(PairScorer, "logps", lambda *args: _step(run) == 3)
+    moments.before(FastScorer, "logps", lambda *args: _step(run) == 3)
     moments.before(files, "_put_in_place", lambda temporary, target: target.name == "step-000006")
     moments.before(files, "_put_in_place", lambda temporary, target: target.name == "step-000004", after=True)
     moments.before(loop, "save_adapter", lambda *args: True)

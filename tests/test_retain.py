@@ -150,7 +150,7 @@ def test_an_answer_that_was_cut_off_trains_no_end_of_turn(loaded):
     assert ours.chosen_ids.tolist() == theirs.chosen_ids.tolist()[:-1]
     assert theirs.chosen_ids[-1] in end_of_turn_ids(loaded.tokenizer)
     assert ours.rejected_ids.tolist() == theirs.rejected_ids.tolist()
-    assert ours.key != theirs.key
+    assert ours.sequences[0].key != theirs.sequences[0].key
 
 
 def test_prompts_without_room_are_skipped_with_the_reason(loaded):

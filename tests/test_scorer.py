@@ -18,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 from oracles import adapted_model, pair, random_model, random_pairs
+from pair_scorer import PairScorer, PairStep
 from tiny import randomise_adapter
 
-from localdpo.data.encode import EncodedPair
+from localdpo.core.losses import LossSettings, PairLogps
 from localdpo.dpo import scorer as scorer_module
 from localdpo.dpo.budget import CALL_COST
-from localdpo.dpo.losses import LossSettings, PairLogps
-from localdpo.dpo.scorer import PairScorer, StepResult, split_by_tokens
+from localdpo.dpo.scorer import split_by_tokens
 from localdpo.dpo.standin import Trainable
 from localdpo.model import blas
 from localdpo.model.device import lane_streams
 from localdpo.model.lora import LoraSettings, adapters_off, attach_lora
 from localdpo.recipe import LossType, TrainRecipe
-from localdpo.train.monitor import Scores, row_metrics
+from localdpo.sequences import EncodedRow
 from localdpo.train.optimizer import AdapterOptimizer, global_norm
 
 LOSSES = get_args(LossType)
@@ -50,7 +50,7 @@ def scorer_on(path: Any, lanes: int = 2) -> PairScorer:
         return PairScorer(shared_model(), path=path)
 
 
-def window(count: int = 8, seed: int = 0) -> list[EncodedPair]:
+def window(count: int = 8, seed: int = 0) -> list[EncodedRow]:
     """Unequal lengths and weights, an equal prompt, a one-token answer."""
     lengths = [(9, 6, 4), (14, 1, 9), (2, 3, 7), (10, 7, 7), (12, 5, 2), (3, 8, 8), (11, 2, 2), (6, 4, 10)]
     rows = random_pairs(seed, lengths[:count], WEIGHTS)
@@ -75,21 +75,21 @@ def assert_grads(ours: dict[str, Any], exact: dict[str, Any], tolerance: float =
         )
 
 
-def assert_step(ours: StepResult, exact: oracles.Step) -> None:
+def assert_step(ours: PairStep, exact: oracles.Step) -> None:
     assert ours.loss == pytest.approx(exact.loss, rel=1e-5, abs=1e-5)
     assert ours.nll == pytest.approx(exact.nll, rel=1e-5)
     assert_grads(ours.grad, exact.grad)
 
 
 @st.composite
-def windows(draw: st.DrawFn) -> list[EncodedPair]:
+def windows(draw: st.DrawFn) -> list[EncodedRow]:
     seed = draw(st.integers(0, 1000))
     lengths = st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
     rows = random_pairs(seed, draw(st.lists(lengths, min_size=1, max_size=5)))
     weights = draw(st.lists(st.sampled_from([0.1, 1.0, 2.5]), min_size=len(rows), max_size=len(rows)))
     for index, weight in enumerate(weights):
         prompt = rows[0].prompt_ids if draw(st.booleans()) else rows[index].prompt_ids
-        rows[index] = replace(rows[index], prompt_ids=prompt, weight=weight)
+        rows[index] = pair(prompt, rows[index].chosen_ids, rows[index].rejected_ids, weight)
     return rows
 
 
@@ -105,7 +105,7 @@ def windows(draw: st.DrawFn) -> list[EncodedPair]:
     call_cost=st.sampled_from([9, CALL_COST["cpu"]]),
 )
 def test_any_window_equals_the_plainest_way(
-    rows: list[EncodedPair],
+    rows: list[EncodedRow],
     loss_type: LossType,
     rpo_alpha: float,
     max_tokens: int,
@@ -155,7 +155,7 @@ def test_finite_differences_of_both_matrices(loss_type: LossType) -> None:
 
 def exact_loss(
     model: nn.Module,
-    rows: Sequence[EncodedPair],
+    rows: Sequence[EncodedRow],
     reference: PairLogps,
     loss: LossSettings,
     direction: dict[str, np.ndarray],
@@ -246,8 +246,7 @@ def test_accuracy_is_counted_over_rows() -> None:
     reference = policy._replace(chosen=policy.chosen - shift, rejected=policy.rejected)
     result = scorer.loss_and_grad(rows, reference, LossSettings())
     assert result.rewards_chosen.mean() < result.rewards_rejected.mean()
-    scores = Scores(result.policy, result.rewards_chosen, result.rewards_rejected)
-    assert row_metrics(scores, rows, reference)["rewards/accuracies"] == 0.5
+    assert result.metrics["rewards/accuracies"] == 0.5
 
 
 def digest(model: nn.Module, trainable: bool) -> str:
@@ -405,7 +404,7 @@ def test_a_failure_leaves_model_and_threads_as_they_were(monkeypatch: pytest.Mon
     before, threads = digest(model, trainable=True), []
     monkeypatch.setattr(blas, "blas_threads", lambda: 4)
     monkeypatch.setattr(blas, "set_blas_threads", threads.append)
-    monkeypatch.setattr(scorer_module, "preference_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr("localdpo.methods.dpo.preference_loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scorer.loss_and_grad(rows, reference, LossSettings())
     assert digest(model, trainable=True) == before
@@ -414,8 +413,8 @@ def test_a_failure_leaves_model_and_threads_as_they_were(monkeypatch: pytest.Mon
 
 @settings(max_examples=100, derandomize=True, deadline=None)
 @given(rows=windows(), max_tokens=st.sampled_from([1, 20, 45, 200]))
-def test_groups_hold_every_row_once_within_the_limit(rows: list[EncodedPair], max_tokens: int) -> None:
-    groups = split_by_tokens(rows, max_tokens)
+def test_groups_hold_every_row_once_within_the_limit(rows: list[EncodedRow], max_tokens: int) -> None:
+    groups = split_by_tokens([row.sequences for row in rows], max_tokens)
     assert sorted(index for group in groups for index in group) == list(range(len(rows)))
     for group in groups:
         prompts = {rows[i].prompt_ids.tobytes(): len(rows[i].prompt_ids) for i in group}
@@ -427,13 +426,13 @@ def test_groups_hold_every_row_once_within_the_limit(rows: list[EncodedPair], ma
 
 def test_groups_are_of_about_equal_work() -> None:
     rows = random_pairs(0, [(10, 5, 5)] * 8)
-    assert [len(group) for group in split_by_tokens(rows, 10_000)] == [8]
-    assert [len(group) for group in split_by_tokens(rows, 120)] == [4, 4]
-    assert [len(group) for group in split_by_tokens(rows, 40)] == [2, 2, 2, 2]
+    assert [len(group) for group in split_by_tokens([row.sequences for row in rows], 10_000)] == [8]
+    assert [len(group) for group in split_by_tokens([row.sequences for row in rows], 120)] == [4, 4]
+    assert [len(group) for group in split_by_tokens([row.sequences for row in rows], 40)] == [2, 2, 2, 2]
 
 
 def test_equal_prompts_stay_together() -> None:
     rows = random_pairs(0, [(30, 2, 2)] * 6)
-    rows = [replace(row, prompt_ids=rows[index % 2].prompt_ids) for index, row in enumerate(rows)]
-    groups = split_by_tokens(rows, 50)
+    rows = [pair(rows[index % 2].prompt_ids, row.chosen_ids, row.rejected_ids) for index, row in enumerate(rows)]
+    groups = split_by_tokens([row.sequences for row in rows], 50)
     assert sorted(sorted(group) for group in groups) == [[0, 2, 4], [1, 3, 5]]

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localdpo.data import shelf
-from localdpo.data.encode import EncodedPair, encoded_shelf
+from localdpo.data.encode import encoded_shelf
 from localdpo.data.fields import Message
 from localdpo.data.pairs import PreferencePair, pair_shelf
 from localdpo.data.shelf import Shelf
 from localdpo.errors import EnvironmentFault
+from localdpo.sequences import EncodedRow, TokenSequence
 
 
 @pytest.fixture(params=["in memory", "in a file"])
@@ -95,14 +96,18 @@ def test_pairs_come_back_equal(prompt, answers, identity, tags, weight, extra):
 def test_encoded_pairs_come_back_equal(place: Path):
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 50_000, size, np.int32) for size in (40, 7, 1)]
-    pairs = [EncodedPair(*parts, 0.25, "retain", 3, 12, "p.jsonl"), EncodedPair(*(part[::2] for part in parts))]
+    pairs = [
+        EncodedRow.of(parts[0], parts[1:], 0.25, "retain", 3, 12, "p.jsonl"),
+        EncodedRow(tuple(TokenSequence(part, part[::2]) for part in parts)),
+    ]
     kept = encoded_shelf()
     kept.extend(pairs)
     for ours, theirs in zip(kept, pairs, strict=True):
-        assert ours.key == theirs.key
-        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-            assert getattr(ours, name).dtype == np.int32
-            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        for own, other in zip(ours.sequences, theirs.sequences, strict=True):
+            assert own.key == other.key
+            for name in ("prompt_ids", "completion_ids"):
+                assert getattr(own, name).dtype == np.int32
+                np.testing.assert_array_equal(getattr(own, name), getattr(other, name))
         for name in ("weight", "kind", "row", "line", "source", "num_tokens"):
             assert getattr(ours, name) == getattr(theirs, name)
 

@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_map
 from oracles import adapted_model, pair, random_model, random_pairs
+from pair_scorer import PairScorer
 from tiny import randomise_adapter
 
-from localdpo.data.encode import EncodedPair
+from localdpo.core.losses import LossSettings
 from localdpo.dpo import trunk as trunk_module
-from localdpo.dpo.losses import LossSettings
 from localdpo.dpo.packing import pack
-from localdpo.dpo.scorer import PairScorer
-from localdpo.dpo.trunk import TrunkCache, gather, rows_of, scatter
+from localdpo.dpo.scorer import FastScorer
+from localdpo.dpo.trunk import TrunkCache, gather, parts_of, scatter
 from localdpo.model.lora import LoraSettings, attach_lora
+from localdpo.sequences import EncodedRow, sequences_of
 
 LENGTHS = [(12, 4, 7), (3, 6, 2), (9, 1, 5), (12, 3, 3)]
 WIDTH = 6
@@ -33,9 +34,26 @@ def top_layer_model(architecture: str) -> nn.Module:
     return model
 
 
-def states_for(pairs: list[EncodedPair], seed: int = 0) -> list[np.ndarray]:
+def states_for(pairs: list[EncodedRow], seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """Random states of the parts of each pair: its prompt and both answers."""
     rng = np.random.default_rng(seed)
-    return [rng.normal(size=(rows_of(row), WIDTH)).astype(np.float32) for row in pairs]
+    return [
+        {
+            key: rng.normal(size=(len(sequence.inputs[tokens]), WIDTH)).astype(np.float32)
+            for sequence in row.sequences
+            for key, tokens in parts_of(sequence)
+        }
+        for row in pairs
+    ]
+
+
+def merged(states: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: array for some in states for key, array in some.items()}
+
+
+def assert_kept(cache: TrunkCache, states: dict[str, np.ndarray]) -> None:
+    for key, array in states.items():
+        np.testing.assert_array_equal(cache.get(key), array)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"])
@@ -98,69 +116,76 @@ def test_nothing_to_skip_with_every_layer_adapted(tmp_path: Path) -> None:
 def test_gather_undoes_scatter(lengths: list[tuple[int, int, int]]) -> None:
     pairs = random_pairs(2, lengths)
     pairs.append(pair(pairs[0].prompt_ids, pairs[0].rejected_ids, pairs[0].chosen_ids))
-    batch = pack(pairs)
+    sequences = sequences_of(pairs)
+    batch = pack(sequences)
     # A token's state depends on what it has read: copies of a short shared prefix have equal ones.
     states = np.zeros((len(batch.tokens), WIDTH), np.float32)
     for places in batch.paths:
         states[places] = np.cumsum(np.sin(batch.tokens[places][:, None] + np.arange(WIDTH)), axis=0)
-    parts = scatter(batch, pairs, states)
-    assert [len(part) for part in parts] == [rows_of(row) for row in pairs]
-    np.testing.assert_array_equal(gather(batch, pairs, parts), states)
+    parts = scatter(batch, sequences, states)
+    assert {key: len(array) for key, array in parts.items()} == {
+        key: len(sequence.inputs[tokens]) for sequence in sequences for key, tokens in parts_of(sequence)
+    }
+    np.testing.assert_array_equal(gather(batch, sequences, parts), states)
 
 
 def test_states_survive_and_damage_is_noticed(tmp_path: Path) -> None:
-    pairs = random_pairs(1, LENGTHS)
-    states = states_for(pairs)
-    TrunkCache(tmp_path, "a", WIDTH).put(pairs, states)
-    cache = TrunkCache(tmp_path, "a", WIDTH)
-    for row, state in zip(pairs, states, strict=True):
-        np.testing.assert_array_equal(cache.get(row), state)
+    first, second = states_for(random_pairs(1, LENGTHS))[:2]
+    TrunkCache(tmp_path, "a", WIDTH).put(first | second)
+    assert_kept(TrunkCache(tmp_path, "a", WIDTH), first | second)
     file = tmp_path / "a" / "states.f32"
     data = bytearray(file.read_bytes())
-    data[4 * WIDTH * rows_of(pairs[0]) + 5] ^= 1  # in the second pair's states
+    data[4 * WIDTH * sum(map(len, first.values())) + 5] ^= 1  # in the second pair's prompt
     file.write_bytes(data)
     cache = TrunkCache(tmp_path, "a", WIDTH)
-    assert cache.get(pairs[1]) is None
-    np.testing.assert_array_equal(cache.get(pairs[0]), states[0])
-    cache.put([pairs[1]], [states[1]])
-    np.testing.assert_array_equal(TrunkCache(tmp_path, "a", WIDTH).get(pairs[1]), states[1])
+    damaged, *whole = second
+    assert cache.get(damaged) is None
+    assert_kept(cache, first | {key: second[key] for key in whole})
+    cache.put({damaged: second[damaged]})
+    assert_kept(TrunkCache(tmp_path, "a", WIDTH), first | second)
 
 
 def test_a_torn_write_costs_only_itself(tmp_path: Path) -> None:
-    pairs = random_pairs(1, LENGTHS)
-    states = states_for(pairs)
-    TrunkCache(tmp_path, "a", WIDTH).put(pairs[:1], states[:1])
+    first, *others = states_for(random_pairs(1, LENGTHS))
+    TrunkCache(tmp_path, "a", WIDTH).put(first)
     with (tmp_path / "a" / "states.f32").open("ab") as file:
         file.write(b"part of a row")
     cache = TrunkCache(tmp_path, "a", WIDTH)
-    cache.put(pairs[1:], states[1:])
-    for row, state in zip(pairs, states, strict=True):
-        np.testing.assert_array_equal(cache.get(row), state)
+    cache.put(merged(others))
+    assert_kept(cache, merged([first, *others]))
 
 
 def test_two_writers_keep_each_others_states(tmp_path: Path) -> None:
-    pairs = random_pairs(1, LENGTHS)
-    states = states_for(pairs)
+    states = states_for(random_pairs(1, LENGTHS))
     first, second = TrunkCache(tmp_path, "a", WIDTH), TrunkCache(tmp_path, "a", WIDTH)
-    first.put(pairs[:2], states[:2])
-    second.put(pairs[2:], states[2:])
-    whole = TrunkCache(tmp_path, "a", WIDTH)
-    for row, state in zip(pairs, states, strict=True):
-        np.testing.assert_array_equal(whole.get(row), state)
+    first.put(merged(states[:2]))
+    second.put(merged(states[2:]))
+    assert_kept(TrunkCache(tmp_path, "a", WIDTH), merged(states))
 
 
 def test_the_limit_holds_and_old_caches_go_first(tmp_path: Path) -> None:
-    pairs = random_pairs(1, LENGTHS)
-    states = states_for(pairs)
-    TrunkCache(tmp_path, "old", WIDTH).put(pairs, states)
-    room = states[0].nbytes
+    states = states_for(random_pairs(1, LENGTHS))
+    TrunkCache(tmp_path, "old", WIDTH).put(merged(states))
+    room = sum(array.nbytes for array in states[0].values())
     cache = TrunkCache(tmp_path, "new", WIDTH, limit=room)
     assert not (tmp_path / "old").exists()
-    cache.put(pairs[:1], states[:1])
-    cache.put(pairs[1:2], states[1:2])
+    cache.put(states[0])
+    cache.put(states[1])
     assert cache.nbytes <= room
-    assert cache.get(pairs[0]) is not None
-    assert cache.get(pairs[1]) is None
+    assert_kept(cache, states[0])
+    assert all(cache.get(key) is None for key in states[1])
+
+
+def test_a_prompt_is_kept_once_for_all_its_answers(tmp_path: Path) -> None:
+    model, prompt = top_layer_model("llama"), range(20)
+    scorer = FastScorer(model)
+    assert scorer.use_trunk(tmp_path, "base")
+    before, width = scorer.trunk_bytes, 4 * 32
+    answers = [[n, n + 1, n + 2] for n in range(6)]
+    rows = [pair(prompt, first, second) for first, second in zip(answers[::2], answers[1::2], strict=True)]
+    for row in rows:  # in three passes
+        scorer.logps(row.sequences)
+    assert scorer.trunk_bytes - before == width * (20 + 6 * 2)
 
 
 def test_states_beyond_the_limit_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,15 +226,13 @@ def test_another_adapter_uses_the_same_states_and_never_the_frozen_weights(tmp_p
 
 @pytest.mark.parametrize("name", ["index.sqlite", "states.f32"])
 def test_a_foreign_file_starts_afresh(name: str, tmp_path: Path) -> None:
-    pairs = random_pairs(1, LENGTHS)
-    states = states_for(pairs)
-    TrunkCache(tmp_path, "a", WIDTH).put(pairs, states)
+    states = merged(states_for(random_pairs(1, LENGTHS)))
+    TrunkCache(tmp_path, "a", WIDTH).put(states)
     (tmp_path / "a" / name).write_bytes(b"not what was here" * 9)
     cache = TrunkCache(tmp_path, "a", WIDTH)
-    assert all(cache.get(row) is None for row in pairs)
-    cache.put(pairs, states)
-    for row, state in zip(pairs, states, strict=True):
-        np.testing.assert_array_equal(TrunkCache(tmp_path, "a", WIDTH).get(row), state)
+    assert all(len(array) == 0 or cache.get(key) is None for key, array in states.items())
+    cache.put(states)
+    assert_kept(TrunkCache(tmp_path, "a", WIDTH), states)
 
 
 def test_a_folder_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ STAGES = {
     "load": "loading the model",
     "encode": "encoding the pairs",
     "retain": "asking the base model what to retain",
-    "reference": "scoring the pairs with the reference",
+    "reference": "scoring the answers with the reference",
     "evaluate": "scoring the held-out pairs",
     "paused": "paused",
     "samples": "answering the probes",

@@ -6,26 +6,23 @@ one answer. This module knows nothing about batches, padding or the model's weig
 
 from __future__ import annotations
 
-import hashlib
 import marshal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from localdpo.data.chat import ChatFormat, ChatTokenizer, Conversation, Refusal
-from localdpo.data.pairs import Kind, Message, PreferencePair, Skipped, listed
+from localdpo.data.pairs import Message, PreferencePair, Skipped, listed
 from localdpo.data.shelf import Shelf
 from localdpo.data.template import check_template
 from localdpo.errors import InputError, Problem, first_problems
 from localdpo.recipe import Truncation
+from localdpo.sequences import EncodedRow, Ids, TokenSequence, same_prompt
 
 __all__ = [
     "ChatTokenizer",
-    "EncodedPair",
     "Encoding",
-    "Ids",
     "check_template",
     "encode_pairs",
     "encode_prompt",
@@ -36,62 +33,38 @@ __all__ = [
 UNFINISHED = "unfinished"
 """Key in a pair's ``extra``: its chosen answer was cut off, so it gets no end of turn: it would have gone on there."""
 
-Ids = npt.NDArray[np.int32]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodedPair:
-    """One pair as ids. Each completion ends in exactly one end-of-turn token, unless truncation cut it off.
-
-    `row` is the pair's index in what was encoded; `line` and `source` name it in messages. `key` is the
-    sha256 of the three arrays: equal pairs of ids have equal log-probs under one model.
-    """
-
-    prompt_ids: Ids
-    chosen_ids: Ids
-    rejected_ids: Ids
-    weight: float = 1.0
-    kind: Kind = "preference"
-    row: int = 0
-    line: int = 0
-    source: str = ""
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        digest = hashlib.sha256()
-        for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-        object.__setattr__(self, "key", digest.hexdigest())
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt, once, and of both answers."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
-
-
-def encoded_shelf() -> Shelf[EncodedPair]:
-    """An empty shelf for encoded pairs: as many as there are, at a few bytes of memory each."""
+def encoded_shelf() -> Shelf[EncodedRow]:
+    """An empty shelf for encoded rows: as many as there are, at a few bytes of memory each."""
     return Shelf(_to_shelf, _from_shelf)
 
 
-def _to_shelf(pair: EncodedPair) -> bytes:
-    ids = [part.tobytes() for part in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+def _to_shelf(row: EncodedRow) -> bytes:
+    # A prompt that several sequences share is written once, and None in its place after that.
+    ids: list[tuple[bytes | None, bytes]] = []
+    before = None
+    for sequence in row.sequences:
+        again = before is not None and same_prompt(before, sequence)
+        ids.append((None if again else sequence.prompt_ids.tobytes(), sequence.completion_ids.tobytes()))
+        before = sequence
     # Written and read by this process alone.
-    return marshal.dumps((*ids, pair.weight, pair.kind, pair.row, pair.line, pair.source))
+    return marshal.dumps((ids, row.weight, row.kind, row.row, row.line, row.source))
 
 
-def _from_shelf(data: bytes) -> EncodedPair:
-    prompt, chosen, rejected, *rest = marshal.loads(data)
-    prompt_ids, chosen_ids, rejected_ids = (np.frombuffer(ids, np.int32) for ids in (prompt, chosen, rejected))
-    return EncodedPair(prompt_ids, chosen_ids, rejected_ids, *rest)
+def _from_shelf(data: bytes) -> EncodedRow:
+    ids, *rest = marshal.loads(data)
+    sequences: list[TokenSequence] = []
+    for prompt, completion in ids:
+        prompt_ids = sequences[-1].prompt_ids if prompt is None else np.frombuffer(prompt, np.int32)
+        sequences.append(TokenSequence(prompt_ids, np.frombuffer(completion, np.int32)))
+    return EncodedRow(tuple(sequences), *rest)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """The encoded pairs in order, the rows left out, what to tell the user, and how many were truncated."""
 
-    pairs: Sequence[EncodedPair]
+    pairs: Sequence[EncodedRow]
     skipped: list[Skipped]
     warnings: list[Problem]
     truncated: int
@@ -124,7 +97,7 @@ def encode_pairs(
     max_length: int = 1024,
     truncation: Truncation = "keep_start",
     progress: Callable[[int, int], None] | None = None,
-    into: Shelf[EncodedPair] | None = None,
+    into: Shelf[EncodedRow] | None = None,
 ) -> Encoding:
     """Encode pairs with the model's chat template, a prompt with either answer in `max_length` tokens.
 
@@ -164,7 +137,7 @@ class _Encoder:
     chat: ChatFormat
     max_length: int
     truncation: Truncation
-    pairs: list[EncodedPair] | Shelf[EncodedPair]
+    pairs: list[EncodedRow] | Shelf[EncodedRow]
     skipped: list[Skipped] = field(default_factory=list)
     truncated: int = 0
     notes: _Notes = field(default_factory=lambda: _Notes())
@@ -182,9 +155,8 @@ class _Encoder:
         prompt_ids, chosen_ids, rejected_ids = map(_array, fitted)
         if pair.extra.get(UNFINISHED) and len(chosen_ids) > 1:
             chosen_ids = chosen_ids[:-1]
-        self.pairs.append(
-            EncodedPair(prompt_ids, chosen_ids, rejected_ids, pair.weight, pair.kind, row, pair.line, pair.source)
-        )
+        answers = (chosen_ids, rejected_ids)
+        self.pairs.append(EncodedRow.of(prompt_ids, answers, pair.weight, pair.kind, row, pair.line, pair.source))
 
     def fit(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Return prompt and answers cut to length by the policy. Raises `Refusal` when they cannot be."""

@@ -3,7 +3,7 @@
 A packed batch runs as T rows of one token each, so every linear layer sees [T, 1, width] without padding, and
 rotary embeddings take each token's own position from ``cache.offset`` as they do in batched decoding. What is
 left is attention itself: mlx-lm's models hand queries, keys, values and the cache to
-``scaled_dot_product_attention``, and :func:`install` makes that function ask the cache when it is ours.
+``scaled_dot_product_attention``, and :class:`PackedAttention` makes that function ask the cache when it is ours.
 
 Keys and values of a shared prompt are traced inside the one forward pass, so gradients through them are exact,
 with gradient checkpointing too. The rows may run in several lanes, each on a stream of its own: only attention looks
@@ -13,6 +13,7 @@ across, at keys and values of earlier lanes.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -51,6 +52,7 @@ class LaneAttention:
         self.fused = fused
         self.offset = mx.array(batch.positions[self.start : self.stop])
         self.heads = 0
+        self.windows: set[int] = set()
         self._lanes = batch.lanes[: lane + 1]
         self._masks: dict[Any, mx.array] = {}
         self._blocks: list[Segment] = []
@@ -101,6 +103,8 @@ class PackedCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Window | None:
         """Mlx-lm's hook; causality is known from the segments, so only a window is worth passing on."""
         deepest = int(self.lane.batch.positions.max())
+        if window_size is not None:
+            self.lane.windows.add(window_size)
         return None if window_size is None or window_size > deepest else Window(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -110,7 +114,12 @@ class PackedCache:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Window | None
     ) -> mx.array:
-        """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] of the lane's T tokens -> [T, H, 1, D]."""
+        """queries [T, H, 1, D], keys and values [T, Hkv, 1, D] of the lane's T tokens -> [T, H, 1, D].
+
+        Raises TypeError for a mask that the model made by itself: it knows nothing of the tree.
+        """
+        if mask is not None and not isinstance(mask, Window):
+            raise TypeError("attention was given a mask of the model's own")
         self.lane.divide(queries.shape[1])
         attend = self._attend_fused if self.lane.fused else self._attend_in_float32
         return attend(queries, keys, values, scale, mask.size if mask is not None else None)
@@ -289,29 +298,56 @@ def _flat(x: mx.array) -> mx.array:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def install(model: nn.Module, *, fast_activations: bool) -> None:
-    """Let the model's architecture modules hand packed attention to :class:`PackedCache`.
+class PackedAttention:
+    """While it is entered, a model's architecture modules hand packed attention to :class:`PackedCache`.
 
-    mlx-lm looks both functions up in its architecture module, which is the only place where a cache can reach
-    attention. Calls that don't carry a PackedCache go to mlx-lm's own function, so nothing else changes;
-    installing twice does nothing. ``fast_activations`` does the same for SwiGLU in float32 on a CPU.
+    mlx-lm looks attention up in its architecture module, which is the only place where a cache can reach it. Calls
+    that carry no PackedCache go to mlx-lm's own function, so nothing else changes, and the last one to leave puts
+    everything back. ``fast_activations`` does the same for SwiGLU in float32 on a CPU.
     """
-    names = {type(module).__module__ for module in model.modules()}
-    for name in sorted(names):
-        namespace = vars(sys.modules[name])
-        _replace(namespace, _ATTENTION, _dispatch_attention)
+
+    def __init__(self, model: nn.Module, *, fast_activations: bool) -> None:
+        self._modules = sorted({type(module).__module__ for module in model.modules()})
+        self._dispatch = {_ATTENTION: _dispatch_attention}
         if fast_activations:
-            _replace(namespace, _SWIGLU, _dispatch_swiglu)
+            self._dispatch[_SWIGLU] = _dispatch_swiglu
+
+    def __enter__(self) -> None:
+        with _patching:
+            for module in self._modules:
+                for name, dispatch in self._dispatch.items():
+                    _patch(module, name, dispatch)
+
+    def __exit__(self, *_: object) -> None:
+        with _patching:
+            for module in self._modules:
+                for name in self._dispatch:
+                    _unpatch(module, name)
 
 
-def _replace(
-    namespace: dict[str, Any], name: str, dispatch: Callable[[Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    original = namespace.get(name)
-    if callable(original) and not hasattr(original, "localdpo_original"):
-        replacement = wraps(original)(dispatch(original))
-        replacement.localdpo_original = original  # type: ignore[attr-defined]
-        namespace[name] = replacement
+_patching = threading.Lock()
+_originals: dict[tuple[str, str], tuple[Any, int]] = {}
+"""By module and name: the function that was there, and how many times it has been replaced."""
+
+
+def _patch(module: str, name: str, dispatch: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    namespace = vars(sys.modules[module])
+    if not callable(namespace.get(name)):
+        return
+    original, users = _originals.get((module, name), (namespace[name], 0))
+    if not users:
+        namespace[name] = wraps(original)(dispatch(original))
+    _originals[module, name] = original, users + 1
+
+
+def _unpatch(module: str, name: str) -> None:
+    if (module, name) not in _originals:
+        return
+    original, users = _originals.pop((module, name))
+    if users > 1:
+        _originals[module, name] = original, users - 1
+    else:
+        vars(sys.modules[module])[name] = original
 
 
 def _dispatch_attention(original: Callable[..., Any]) -> Callable[..., Any]:

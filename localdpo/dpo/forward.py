@@ -1,4 +1,4 @@
-"""Log-probs of every prediction of a batch of pairs, by the fastest path that gives the model's own numbers.
+"""Log-probs of every prediction of a batch of sequences, by the fastest path that gives the model's own numbers.
 
 ``SharedForward`` runs a packed batch: each shared prefix once, no padding, logits in tiles. ``PlainForward`` runs
 every completion with its own prompt, right-padded, and is what any causal model can do. Both spread their rows over
@@ -18,15 +18,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from localdpo.data.encode import EncodedPair
+from localdpo.core.score import Members, SequenceLogps
 from localdpo.dpo.anatomy import Anatomy, NotUnderstood, examine
-from localdpo.dpo.attention import LaneAttention, PackedCache, install
-from localdpo.dpo.packing import PackedBatch, pack, sequence_of
+from localdpo.dpo.attention import LaneAttention, PackedAttention, PackedCache
+from localdpo.dpo.packing import PackedBatch, pack
 from localdpo.dpo.recompute import is_gated_mlp, keeping
 from localdpo.dpo.standin import StandIn
-from localdpo.dpo.trunk import TrunkCache, gather, scatter
+from localdpo.dpo.trunk import TrunkCache, gather, parts_of, scatter
 from localdpo.model.device import on_cpu
 from localdpo.model.frozen import linear_dims
+from localdpo.sequences import TokenSequence
 
 Path = Literal["shared", "plain"]
 SCORE_COST = 800
@@ -38,19 +39,21 @@ _MISFITS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError)
 
 
 class Forward(Protocol):
-    """Runs B pairs; returns their predictions' log-probs [N] and how the 2B completions are made of them."""
+    """Runs S sequences, and says what they predict.
+
+    Whoever takes gradients enters ``patch`` meanwhile: the backward pass may call the model's layers once more.
+    """
 
     path: Path
     streams: list[mx.Stream]
+    patch: PackedAttention
 
-    def run(
-        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
-    ) -> tuple[mx.array, np.ndarray, int]:
-        """Log-probs float32 [N]; membership float32 [2B, N], 1 where a prediction belongs; tokens run."""
+    def run(self, sequences: Sequence[TokenSequence], *, grad: bool, checkpoint: bool = False) -> SequenceLogps:
+        """Log-probs of all completions' tokens; ``checkpoint`` computes activations again in the backward pass."""
         ...
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
-        """What :meth:`logits` takes, a row for each prediction, on its stream; and the membership of :meth:`run`."""
+    def predictions(self, sequences: Sequence[TokenSequence]) -> tuple[list[tuple[mx.Stream, mx.array]], Members]:
+        """What :meth:`logits` takes, a row for each prediction, on its stream; and the members of :meth:`run`."""
         ...
 
     def logits(self, predictions: mx.array) -> mx.array:
@@ -75,9 +78,12 @@ class SharedForward:
 
     path: Path = "shared"
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, streams: list[mx.Stream]) -> None:
+    def __init__(self, plain: PlainForward, anatomy: Anatomy) -> None:
+        """``plain`` is the path of the same model that this one has to equal."""
+        self.plain = plain
         self.anatomy = anatomy
-        self.streams = streams
+        self.streams = plain.streams
+        self.windows = _named_windows(plain.model)
         self.trunk: TrunkCache | None = None
         self.cut = 0
         self._gated = {id(layer) for layer in anatomy.layers if is_gated_mlp(layer)}
@@ -86,18 +92,18 @@ class SharedForward:
         self._heads = 0
         sizes = [math.prod(linear_dims(m)) for m in anatomy.layers[0].modules() if "weight" in m and m.weight.ndim > 1]
         self._layer_weights = max(1, sum(sizes))
-        install(model, fast_activations=on_cpu())
+        self.patch = plain.patch
 
     def start_at(self, trunk: TrunkCache, cut: int) -> bool:
         """From now on run only the layers from ``cut`` on, over states kept in ``trunk``.
 
         Proved first on a small batch; where it changes the numbers, every layer goes on running and False comes back.
         """
-        pairs = _probe_pairs(self.anatomy.head.vocabulary)
-        want = self.run(pairs, grad=False)
+        sequences = _probe_sequences(self.anatomy.head.vocabulary)
+        want = self.run(sequences, grad=False)
         self.trunk, self.cut = trunk, cut
         try:
-            worst = _worst_difference(self.run(pairs, grad=False), want)
+            worst = _worst_difference(self.run(sequences, grad=False), want)
         except _MISFITS:  # layers that hand on more than hidden states
             worst = math.inf
         if worst <= _tolerance(self.anatomy):
@@ -105,20 +111,35 @@ class SharedForward:
         self.trunk, self.cut = None, 0
         return False
 
-    def prepare(self, pairs: Sequence[EncodedPair]) -> None:
+    def problem_at(self, longest: int) -> str:
+        """Why the shared path cannot be used for sequences of ``longest`` tokens, or an empty string.
+
+        The first proof goes to a few positions. Of a window that the configuration names and the model has not asked
+        the cache for, it says nothing: once a sequence reaches beyond that, it is given again with such a length.
+        """
+        reached = sorted(window for window in self.windows if window < longest)
+        self.windows -= set(reached)
+        return _disagreement(self, reached[-1] + 8) if reached else ""
+
+    def prepare(self, sequences: Sequence[TokenSequence]) -> None:
         """Have what enters layer ``cut`` at hand for :meth:`run`, until the next call.
 
         What the trunk cache does not know is computed, and kept there.
         """
         if self.trunk is None:
             return
-        self._at_hand = {pair.key: state for pair in pairs if (state := self.trunk.get(pair)) is not None}
-        missing = list({pair.key: pair for pair in pairs if pair.key not in self._at_hand}.values())
+        keys = dict.fromkeys(key for sequence in sequences for key, _ in parts_of(sequence))
+        self._at_hand = {key: states for key in keys if (states := self.trunk.get(key)) is not None}
+        missing = list({sequence.key: sequence for sequence in sequences if self._lacks(sequence)}.values())
         if missing:
             batch = self._pack(missing)
             found = scatter(batch, missing, self._below(batch))
-            self.trunk.put(missing, found)
-            self._at_hand |= {pair.key: state for pair, state in zip(missing, found, strict=True)}
+            new = {key: states for key, states in found.items() if key not in self._at_hand}
+            self.trunk.put(new)
+            self._at_hand |= new
+
+    def _lacks(self, sequence: TokenSequence) -> bool:
+        return any(key not in self._at_hand for key, _ in parts_of(sequence))
 
     def _below(self, batch: PackedBatch) -> np.ndarray:
         """What enters layer ``cut``, float32 [T, D]."""
@@ -129,37 +150,29 @@ class SharedForward:
         mx.eval(hidden)
         return np.concatenate([np.array(states) for states in hidden])
 
-    def states(self, pairs: Sequence[EncodedPair]) -> list[np.ndarray]:
-        """What enters layer ``cut``, float32 [rows, D] for each pair."""
-        if any(pair.key not in self._at_hand for pair in pairs):
-            self.prepare(pairs)
-        return [self._at_hand[pair.key] for pair in pairs]
-
-    def run(
-        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
-    ) -> tuple[mx.array, np.ndarray, int]:
+    def run(self, sequences: Sequence[TokenSequence], *, grad: bool, checkpoint: bool = False) -> SequenceLogps:
         """See :class:`Forward`."""
-        batch = self._pack(pairs)
-        hidden, targets = self._read(batch, pairs, grad=grad, checkpoint=checkpoint), mx.array(batch.targets)
+        batch = self._pack(sequences)
+        hidden, targets = self._read(batch, sequences, grad=grad, checkpoint=checkpoint), mx.array(batch.targets)
         logps = []
         for stream, rows in self._shares(len(batch.rows)):
             with mx.stream(stream):
                 logps.append(self.anatomy.head.logps(hidden[rows], targets[rows], grad=grad))
-        return mx.concatenate(logps), batch.membership(), len(batch.tokens)
+        return SequenceLogps(mx.concatenate(logps), batch.members, len(batch.tokens))
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
+    def predictions(self, sequences: Sequence[TokenSequence]) -> tuple[list[tuple[mx.Stream, mx.array]], Members]:
         """See :class:`Forward`: hidden states."""
-        batch = self._pack(pairs)
-        hidden = self._read(batch, pairs, grad=False).astype(mx.float32)
-        return [(stream, hidden[rows]) for stream, rows in self._shares(len(batch.rows))], batch.membership()
+        batch = self._pack(sequences)
+        hidden = self._read(batch, sequences, grad=False).astype(mx.float32)
+        return [(stream, hidden[rows]) for stream, rows in self._shares(len(batch.rows))], batch.members
 
     def logits(self, predictions: mx.array) -> mx.array:
         """See :class:`Forward`."""
         return self.anatomy.head.logits(predictions)
 
-    def _pack(self, pairs: Sequence[EncodedPair]) -> PackedBatch:
+    def _pack(self, sequences: Sequence[TokenSequence]) -> PackedBatch:
         score_cost = SCORE_COST * self._heads / self._layer_weights
-        return pack(pairs).in_lanes(len(self.streams), score_cost)
+        return pack(sequences).in_lanes(len(self.streams), score_cost)
 
     def _shares(self, count: int) -> Iterator[tuple[mx.Stream, slice]]:
         """``count`` rows spread evenly over the streams."""
@@ -168,11 +181,13 @@ class SharedForward:
             yield self.streams[lane], slice(count * lane // lanes, count * (lane + 1) // lanes)
 
     def _read(
-        self, batch: PackedBatch, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
+        self, batch: PackedBatch, sequences: Sequence[TokenSequence], *, grad: bool, checkpoint: bool = False
     ) -> mx.array:
         """The hidden states that the predictions read, [N, D]."""
         layers, cut = self.anatomy.layers, self.cut
-        states = gather(batch, pairs, self.states(pairs)) if cut else None
+        if cut and any(map(self._lacks, sequences)):
+            self.prepare(sequences)
+        states = gather(batch, sequences, self._at_hand) if cut else None
 
         def layers_of(lane: slice, caches: list[PackedCache]) -> list[Any]:
             run, its_caches = layers[cut:], caches[cut:]
@@ -205,11 +220,13 @@ class SharedForward:
                     for index in range(len(self.anatomy.layers))
                 ]
                 tokens = slice(*lane)
-                with self.anatomy.replaced_layers(layers_of(tokens, caches), final_norm=final_norm):
+                stand_ins = layers_of(tokens, caches)
+                with self.patch, self.anatomy.replaced_layers(stand_ins, final_norm=final_norm):
                     out = self.anatomy.body(mx.array(batch.tokens[tokens])[:, None], cache=caches)
                 hidden.append(out[:, 0])
                 traced.append(caches)
                 self._heads = max(self._heads, common.heads)
+                self.windows -= common.windows
         return hidden
 
 
@@ -222,18 +239,17 @@ class PlainForward:
         self.model = model
         self.anatomy = anatomy
         self.streams = streams
+        self.patch = PackedAttention(model, fast_activations=on_cpu())
 
-    def run(
-        self, pairs: Sequence[EncodedPair], *, grad: bool, checkpoint: bool = False
-    ) -> tuple[mx.array, np.ndarray, int]:
+    def run(self, sequences: Sequence[TokenSequence], *, grad: bool, checkpoint: bool = False) -> SequenceLogps:
         """See :class:`Forward`."""
-        lanes, membership = _padded(pairs, len(self.streams))
+        lanes, members = _padded(sequences, len(self.streams))
         logps = []
         for stream, (ids, rows, targets) in zip(self.streams, lanes, strict=False):
-            with mx.stream(stream):
+            with mx.stream(stream), self.patch:
                 logps.append(self._predict(mx.array(ids), mx.array(rows), mx.array(targets), grad, checkpoint))
-        tokens = sum(pair.num_tokens + len(pair.prompt_ids) - 2 for pair in pairs)
-        return mx.concatenate(logps), membership, tokens
+        tokens = sum(len(sequence.prompt_ids) + len(sequence.completion_ids) - 1 for sequence in sequences)
+        return SequenceLogps(mx.concatenate(logps), members, tokens)
 
     def _predict(self, ids: mx.array, rows: mx.array, targets: mx.array, grad: bool, checkpoint: bool) -> mx.array:
         if self.anatomy is None:
@@ -245,16 +261,16 @@ class PlainForward:
             hidden = self.anatomy.body(ids, cache=None)
         return self.anatomy.head.logps(hidden.reshape(-1, hidden.shape[-1])[rows], targets, grad=grad)
 
-    def predictions(self, pairs: Sequence[EncodedPair]) -> tuple[list[tuple[mx.Stream, mx.array]], np.ndarray]:
+    def predictions(self, sequences: Sequence[TokenSequence]) -> tuple[list[tuple[mx.Stream, mx.array]], Members]:
         """See :class:`Forward`: hidden states, or the logits themselves of a model whose insides are not known."""
-        lanes, membership = _padded(pairs, len(self.streams))
+        lanes, members = _padded(sequences, len(self.streams))
         found = []
         for stream, (ids, rows, _) in zip(self.streams, lanes, strict=False):
-            with mx.stream(stream):
+            with mx.stream(stream), self.patch:
                 tokens = mx.array(ids)
                 out = self.model(tokens) if self.anatomy is None else self.anatomy.body(tokens, cache=None)
                 found.append((stream, out.reshape(-1, out.shape[-1])[mx.array(rows)].astype(mx.float32)))
-        return found, membership
+        return found, members
 
     def logits(self, predictions: mx.array) -> mx.array:
         """See :class:`Forward`."""
@@ -265,32 +281,45 @@ _Padded = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Ids [n, width] right-padded; the flat rows that predict and their targets, int32 [N]."""
 
 
-def _padded(pairs: Sequence[EncodedPair], lanes: int) -> tuple[list[_Padded], np.ndarray]:
-    """The completions in at most ``lanes`` batches of about equal work, longest first; membership [2B, all N]."""
-    completions = [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    sizes = np.array([len(sequences[index]) for index in order])
+def _padded(sequences: Sequence[TokenSequence], lanes: int) -> tuple[list[_Padded], Members]:
+    """The sequences in at most ``lanes`` batches of about equal work, longest first; predictions in their order."""
+    inputs = [sequence.inputs for sequence in sequences]
+    order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+    sizes = np.array([len(inputs[index]) for index in order])
     done = np.cumsum(sizes)
-    # A completion goes to the lane in which its middle token lands.
+    # A sequence goes to the lane in which its middle token lands.
     middle = done - sizes / 2
-    membership = np.zeros((len(sequences), sum(map(len, completions))), np.float32)
+    members = [np.empty(0, np.int32)] * len(sequences)
     batches, column = [], 0
     for lane in range(lanes):
         mine = [index for index, at in zip(order, middle * lanes // done[-1], strict=True) if at == lane]
         if not mine:
             continue
-        width = len(sequences[mine[0]])
-        ids = np.stack([np.pad(sequences[index], (0, width - len(sequences[index]))) for index in mine])
+        width = len(inputs[mine[0]])
+        ids = np.stack([np.pad(inputs[index], (0, width - len(inputs[index]))) for index in mine])
         rows = []
         for place, index in enumerate(mine):
-            last, size = place * width + len(sequences[index]), len(completions[index])
+            last, size = place * width + len(inputs[index]), len(sequences[index].completion_ids)
             rows.append(np.arange(last - size, last))
-            membership[index, column : column + size] = 1.0
+            members[index] = np.arange(column, column + size, dtype=np.int32)
             column += size
-        targets = np.concatenate([completions[index] for index in mine])
+        targets = np.concatenate([sequences[index].completion_ids for index in mine])
         batches.append((ids.astype(np.int32), np.concatenate(rows).astype(np.int32), targets.astype(np.int32)))
-    return batches, membership
+    return batches, tuple(members)
+
+
+def _named_windows(model: nn.Module) -> set[int]:
+    """Sizes of windows and chunks of attention that the model's configuration names."""
+    found: set[int] = set()
+    for module in (model, *model.children().values()):
+        settings = getattr(module, "args", None) or getattr(module, "config", None)
+        values = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+        found |= {
+            value
+            for name, value in values.items()
+            if isinstance(value, int) and value > 1 and ("window" in name or "chunk_size" in name)
+        }
+    return found
 
 
 def exact_logps(logits: mx.array, targets: mx.array) -> mx.array:
@@ -323,8 +352,8 @@ def choose_forward(
     plain = PlainForward(model, anatomy, lanes)
     if path == "plain":
         return plain, "asked for"
-    shared = SharedForward(model, anatomy, lanes)
-    problem = _disagreement(shared, plain)
+    shared = SharedForward(plain, anatomy)
+    problem = _disagreement(shared)
     if not problem:
         return shared, "each shared prompt is run once; checked against the plain path"
     if path == "shared":
@@ -332,13 +361,13 @@ def choose_forward(
     return plain, problem
 
 
-def _disagreement(shared: SharedForward, plain: PlainForward) -> str:
-    """Why the shared path cannot be used, or an empty string."""
+def _disagreement(shared: SharedForward, length: int = 0) -> str:
+    """Why the shared path cannot be used, or an empty string; ``length`` is that of the longest probe, if not short."""
     anatomy = shared.anatomy
-    pairs = _probe_pairs(anatomy.head.vocabulary)
-    want = plain.run(pairs, grad=False)
+    sequences = _probe_sequences(anatomy.head.vocabulary, length)
+    want = shared.plain.run(sequences, grad=False)
     try:
-        worst = _worst_difference(shared.run(pairs, grad=False), want)
+        worst = _worst_difference(shared.run(sequences, grad=False), want)
     except _MISFITS as error:
         return f"this model's attention cannot share a prompt ({type(error).__name__})"
     if worst <= _tolerance(anatomy):
@@ -346,14 +375,13 @@ def _disagreement(shared: SharedForward, plain: PlainForward) -> str:
     return f"this model's attention cannot share a prompt (differs by {worst:.1g} a token)"
 
 
-def _worst_difference(got: tuple[mx.array, np.ndarray, int], want: tuple[mx.array, np.ndarray, int]) -> float:
+def _worst_difference(got: SequenceLogps, want: SequenceLogps) -> float:
     """Of the completions' summed log-probs, per token; less counts where a token's are far below -10.
 
     They are differences of logits, and those are rounded by their size.
     """
-    sums, exact = (mx.array(membership) @ logps for logps, membership, _ in (got, want))
-    tokens = mx.array(want[1].sum(axis=1))
-    worst = float(mx.max(mx.abs(sums - exact) / (tokens + mx.abs(exact) / 10)))
+    sums, exact = got.sums, want.sums
+    worst = float(mx.max(mx.abs(sums - exact) / (want.lengths + mx.abs(exact) / 10)))
     return worst if math.isfinite(worst) else math.inf
 
 
@@ -362,13 +390,16 @@ def _tolerance(anatomy: Anatomy) -> float:
     return 1e-4 if anatomy.dtype == mx.float32 else 5e-2
 
 
-def _probe_pairs(vocabulary: int) -> list[EncodedPair]:
-    """Two pairs of which the second's prompt opens like the first's, so that every kind of sharing is tried."""
+def _probe_sequences(vocabulary: int, length: int = 0) -> list[TokenSequence]:
+    """Two prompts with two answers each; the second prompt opens like the first: every kind of sharing is tried.
+
+    The first prompt has ``length`` tokens, where that is more than a few.
+    """
 
     def ids(length: int, seed: int) -> np.ndarray:
         return ((np.arange(length) * 7919 + seed * 104729 + 13) % vocabulary).astype(np.int32)
 
     opening = ids(10, 0)
-    first = EncodedPair(np.concatenate([opening, ids(11, 1)]), ids(5, 2), ids(9, 3))
-    second = EncodedPair(np.concatenate([opening, ids(3, 4)]), ids(8, 5), ids(2, 6))
-    return [first, second]
+    first, second = np.concatenate([opening, ids(max(11, length - 10), 1)]), np.concatenate([opening, ids(3, 4)])
+    answers = [(first, ids(5, 2)), (first, ids(9, 3)), (second, ids(8, 5)), (second, ids(2, 6))]
+    return [TokenSequence(prompt, answer) for prompt, answer in answers]

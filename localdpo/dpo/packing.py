@@ -1,6 +1,6 @@
-"""Pairs packed as a token tree, so that a shared prefix is run once.
+"""Sequences packed as a token tree, so that a shared prefix is run once.
 
-Both answers of a pair continue the same prompt, and prompts of one batch often open with the same
+Answers to one prompt continue it, and prompts of one batch often open with the same
 system message. A :class:`PackedBatch` lists every distinct token once, in segments: a segment's
 tokens attend to the segment's ancestors and, causally, to themselves. Nothing is padded.
 
@@ -15,8 +15,8 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
-from localdpo.data.encode import EncodedPair
 from localdpo.dpo.budget import block_rows
+from localdpo.sequences import Ids, TokenSequence, common_length
 
 MIN_SHARED = 8
 """Shorter common prefixes are run again instead: a segment costs about as much as a few tokens."""
@@ -49,12 +49,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """B pairs as one token tree of T tokens and their N distinct predictions.
+    """S sequences as one token tree of T tokens and their N distinct predictions.
 
     ``tokens`` and ``positions`` are int32 [T]. Prediction n reads the hidden state of token
-    ``rows[n]`` and asks for ``targets[n]`` (both int32 [N]). ``members[2b]`` and ``members[2b+1]``
-    hold the predictions (indices into N) of pair b's chosen and rejected completion.
-    ``paths[2b]`` and ``paths[2b+1]`` say where each token of pair b's two sequences (:func:`sequence_of`) stands.
+    ``rows[n]`` and asks for ``targets[n]`` (both int32 [N]). ``members[s]`` holds the predictions (indices into N)
+    of sequence s's completion, in order; ``paths[s]`` says where each token of its ``inputs`` stands.
     ``rows`` ascend. ``lanes`` are spans of tokens that run side by side; no segment lies in two of them, and a token
     needs none of a later lane.
     """
@@ -67,19 +66,6 @@ class PackedBatch:
     members: tuple[np.ndarray, ...]
     paths: tuple[np.ndarray, ...]
     lanes: tuple[tuple[int, int], ...]
-
-    @property
-    def num_pairs(self) -> int:
-        """B."""
-        return len(self.members) // 2
-
-    def membership(self) -> np.ndarray:
-        """[2B, N] float32: 1 where a prediction belongs to a completion."""
-        matrix = np.zeros((len(self.members), len(self.rows)), np.float32)
-        for completion, predictions in enumerate(self.members):
-            # A completion never holds one prediction twice: its tokens stand at distinct positions.
-            matrix[completion, predictions] = 1.0
-        return matrix
 
     def in_lanes(self, count: int, score_cost: float) -> PackedBatch:
         """The same batch in at most ``count`` lanes of about equal work.
@@ -186,7 +172,7 @@ def _joined(segments: Sequence[Segment], cost: int, blocks: list[Segment], call_
 class _Tree:
     """Collects segments while sequences are laid out depth first."""
 
-    def __init__(self, sequences: Sequence[np.ndarray], min_shared: int) -> None:
+    def __init__(self, sequences: Sequence[Ids], min_shared: int) -> None:
         self.sequences = sequences
         self.min_shared = min_shared
         self.tokens: list[np.ndarray] = []
@@ -234,31 +220,18 @@ class _Tree:
         return _with_span(ancestors, (begin, self.size))
 
 
-def common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
-    shorter = min(len(first), len(second))
-    differs = np.flatnonzero(first[:shorter] != second[:shorter])
-    return int(differs[0]) if len(differs) else shorter
-
-
-def sequence_of(pair: EncodedPair, chosen: bool) -> np.ndarray:
-    """The tokens a model must read to predict one completion: all of it but its last token."""
-    completion = pair.chosen_ids if chosen else pair.rejected_ids
-    return np.concatenate([pair.prompt_ids, completion[:-1]]).astype(np.int32)
-
-
-def pack(pairs: Sequence[EncodedPair], *, share: bool = True, min_shared: int = MIN_SHARED) -> PackedBatch:
-    """Pack B pairs; ``share=False`` gives every completion its own copy of the prompt."""
-    sequences = [sequence_of(pair, chosen) for pair in pairs for chosen in (True, False)]
-    tree = _Tree(sequences, min_shared)
-    order = sorted(range(len(sequences)), key=lambda index: sequences[index].tolist())
+def pack(sequences: Sequence[TokenSequence], *, share: bool = True, min_shared: int = MIN_SHARED) -> PackedBatch:
+    """Pack S sequences; ``share=False`` gives every completion its own copy of the prompt."""
+    inputs = [sequence.inputs for sequence in sequences]
+    tree = _Tree(inputs, min_shared)
+    order = sorted(range(len(inputs)), key=lambda index: inputs[index].tolist())
     if share:
         for branch in tree._branches(order, 0):
             tree.grow(branch, 0, ())
     else:
         for member in order:
             tree.grow([member], 0, ())
-    rows, targets, members = _predictions(pairs, tree.where)
+    rows, targets, members = _predictions(sequences, tree.where)
     return PackedBatch(
         np.concatenate(tree.tokens),
         np.concatenate(tree.positions),
@@ -272,17 +245,16 @@ def pack(pairs: Sequence[EncodedPair], *, share: bool = True, min_shared: int = 
 
 
 def _predictions(
-    pairs: Sequence[EncodedPair], where: list[np.ndarray]
+    sequences: Sequence[TokenSequence], where: list[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     """Distinct (row, target) predictions, and for each completion the ones it consists of."""
     found: dict[tuple[int, int], int] = {}
     members = []
-    for index, pair in enumerate(pairs):
-        for side, completion in enumerate((pair.chosen_ids, pair.rejected_ids)):
-            # The token before each completion token predicts it; shifted here and nowhere else.
-            rows = where[2 * index + side][len(pair.prompt_ids) - 1 :]
-            wanted = zip(rows.tolist(), completion.tolist(), strict=True)
-            members.append(np.array([found.setdefault(key, len(found)) for key in wanted], np.int32))
+    for sequence, places in zip(sequences, where, strict=True):
+        # The token before each completion token predicts it; shifted here and nowhere else.
+        rows = places[len(sequence.prompt_ids) - 1 :]
+        wanted = zip(rows.tolist(), sequence.completion_ids.tolist(), strict=True)
+        members.append(np.array([found.setdefault(key, len(found)) for key in wanted], np.int32))
     table = np.array(list(found), np.int32).reshape(-1, 2)
     order = np.argsort(table[:, 0], kind="stable")
     place = np.argsort(order)

@@ -1,14 +1,14 @@
-"""Scores pairs under a model: completion log-probs, the loss over an optimizer step, and its gradient.
+"""The fast scorer: sequences packed into token trees, micro-batches over several streams.
 
-A window of pairs (one optimizer step, whatever its batch size and accumulation) is split into micro-batches by
-length and normalised as a whole, so the split never shows in the result. On a CPU each micro-batch runs on several
-streams. It knows nothing about files, schedules or optimizers.
+A window of rows (one optimizer step, whatever its batch size and accumulation) is split into micro-batches by
+length; the method's loss is normalised by the whole window, so the split never shows in the result. On a CPU each
+micro-batch runs on several streams. It knows nothing about files, schedules, optimizers or what a loss is for.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import Literal, NamedTuple
 
@@ -16,63 +16,53 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from localdpo.data.encode import EncodedPair
+from localdpo.core.score import (
+    CoreScorer,
+    Gradients,
+    Scorer,
+    SequenceLogps,
+    StepResult,
+    WindowLoss,
+    evaluating,
+)
 from localdpo.dpo.budget import CPU_STREAMS, MICRO_BATCH_TOKENS, mode_of
 from localdpo.dpo.divergence import token_kl
 from localdpo.dpo.forward import Path, SharedForward, choose_forward
-from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
-from localdpo.dpo.packing import common_length
 from localdpo.dpo.standin import Trainable
 from localdpo.dpo.trunk import TrunkCache
+from localdpo.errors import InputError, Problem
 from localdpo.model.blas import blas_threads_within
 from localdpo.model.device import core_streams, on_cpu
 from localdpo.model.frozen import is_lean, linear_dims
 from localdpo.model.lora import adapters_off
+from localdpo.sequences import EncodedRow, TokenSequence, common_length, num_tokens, same_prompt, sequences_of
 
-Gradients = dict[str, mx.array]
+ENGINE = "LOCALDPO_ENGINE"
+"""Environment variable: "core" scores and trains by the plain forward pass alone."""
 
 
-class StepResult(NamedTuple):
-    """One window of B pairs.
-
-    ``loss`` is the weighted mean of the pairs' losses plus rpo_alpha times ``nll``, the chosen answers' negative
-    log-likelihood a token. ``losses`` (without NLL), ``rewards_chosen`` and ``rewards_rejected`` are float32 [B].
-    ``tokens`` counts what was really run, shared tokens once. ``grad`` maps parameter names to gradients.
-    """
-
-    loss: float
-    nll: float
-    losses: np.ndarray
-    rewards_chosen: np.ndarray
-    rewards_rejected: np.ndarray
-    policy: PairLogps
-    tokens: int
-    grad: Gradients
+def make_scorer(model: nn.Module, *, gradient_checkpointing: bool = False) -> Scorer:
+    """The scorer for ``model``: the fast one, unless the environment asks for the plain one. Raises InputError."""
+    engine = os.environ.get(ENGINE, "")
+    if engine not in ("", "fast", "core"):
+        raise InputError(Problem(ENGINE, f"is {engine!r}, which names no engine", "Set it to fast or core"))
+    if engine == "core":
+        return CoreScorer(model)
+    return FastScorer(model, gradient_checkpointing=gradient_checkpointing)
 
 
 class _Part(NamedTuple):
-    """A micro-batch's share of a window: loss and NLL, columns [b, 5], gradient. Evaluating ``last`` evaluates all."""
+    """A micro-batch's share of a window: loss, columns [b, C], gradient. Evaluating ``last`` evaluates all."""
 
     loss: mx.array
-    nll: mx.array
     columns: mx.array
     grad: Gradients
     last: mx.array
     tokens: int
 
 
-class _Totals(NamedTuple):
-    """What a window's terms are divided by: the pairs' weights, and their weighted chosen tokens."""
-
-    weight: float
-    chosen_tokens: float
-
-
-class PairScorer:
-    """Log-probs and gradients of pairs under ``model``.
-
-    Use it on the thread that made it: MLX's streams are thread-local.
-    """
+class FastScorer:
+    """Log-probs and gradients of sequences under ``model``; see :class:`localdpo.core.score.Scorer`."""
 
     def __init__(
         self,
@@ -82,13 +72,13 @@ class PairScorer:
         path: Literal["auto", "shared", "plain"] = "auto",
         max_tokens: int | None = None,
     ) -> None:
-        """``max_tokens`` bounds a micro-batch (a longer single pair still runs, alone)."""
+        """``max_tokens`` bounds a micro-batch (a longer single row still runs, alone)."""
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
         mode = mode_of("cpu" if on_cpu() else "gpu", "lean" if is_lean(model) else "")
         self.max_tokens = max_tokens or MICRO_BATCH_TOKENS[mode]
         self._streams = core_streams(CPU_STREAMS[mode])
-        with blas_threads_within(1), _evaluating(model):
+        with blas_threads_within(1), evaluating(model):
             self._forward, self.path_reason = choose_forward(model, path, self._streams)
 
     @property
@@ -113,7 +103,7 @@ class PairScorer:
         if not isinstance(forward, SharedForward) or not cut:
             return False
         name = f"{fingerprint[:32]}-{cut}-{'cpu' if on_cpu() else 'gpu'}"
-        with blas_threads_within(1), _evaluating(self.model):
+        with blas_threads_within(1), evaluating(self.model):
             return forward.start_at(TrunkCache(folder, name, linear_dims(forward.anatomy.head.module)[0]), cut)
 
     @property
@@ -122,134 +112,97 @@ class PairScorer:
         trunk = self._forward.trunk if isinstance(self._forward, SharedForward) else None
         return trunk.nbytes if trunk is not None else 0
 
-    def logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
-        """Summed completion log-probs of B pairs under the model as it stands, dropout off. No gradient."""
-        return _pair_logps(pairs, self._sums(pairs, self._logps))
+    def logps(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """See :class:`Scorer`."""
+        return self._summed(sequences, lambda some: self._forward.run(some, grad=False))
 
-    def _logps(self, rows: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
-        logps, membership, _ = self._forward.run(rows, grad=False)
-        return logps, membership
-
-    def reference_logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
-        """Like :meth:`logps`, of the base: the adapters are swapped out, exactly."""
+    def reference_logps(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """See :class:`Scorer`."""
         with adapters_off(self.model):
-            return self.logps(pairs)
+            return self.logps(sequences)
 
-    def base_kl(self, pairs: Sequence[EncodedPair]) -> np.ndarray:
-        """KL(base || model) in nats, summed over the tokens of each completion: float32 [B, 2], chosen and rejected.
+    def base_kl(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """See :class:`Scorer`."""
+        return self._summed(sequences, self._base_kl)
 
-        Both models read the same text and say what comes next; the base is the model with its adapters swapped out.
-        """
-        return self._sums(pairs, self._base_kl)
-
-    def _base_kl(self, rows: Sequence[EncodedPair]) -> tuple[mx.array, np.ndarray]:
-        tuned, membership = self._forward.predictions(rows)
+    def _base_kl(self, sequences: Sequence[TokenSequence]) -> SequenceLogps:
+        """KL in place of log-probs."""
+        tuned, members = self._forward.predictions(sequences)
         with adapters_off(self.model):
-            base, _ = self._forward.predictions(rows)
+            base, _ = self._forward.predictions(sequences)
         parts = []
         for (stream, p), (_, q) in zip(base, tuned, strict=True):
             with mx.stream(stream):
                 parts.append(token_kl(self._forward.logits, p, q))
-        return mx.concatenate(parts), membership
+        return SequenceLogps(mx.concatenate(parts), members, 0)
 
-    def _sums(
-        self,
-        pairs: Sequence[EncodedPair],
-        measure: Callable[[Sequence[EncodedPair]], tuple[mx.array, np.ndarray]],
+    def _summed(
+        self, sequences: Sequence[TokenSequence], measure: Callable[[Sequence[TokenSequence]], SequenceLogps]
     ) -> np.ndarray:
-        """What ``measure`` says of each prediction of some rows, and their membership, summed: float32 [B, 2]."""
-        sums = np.zeros((len(pairs), 2), np.float32)
-        with blas_threads_within(1), _evaluating(self.model), mx.stream(self._streams[0]):
-            for group in split_by_tokens(pairs, self.max_tokens):
-                rows = [pairs[i] for i in group]
-                self._prepare(rows)
-                values, membership = measure(rows)
-                sums[group] = np.array(mx.array(membership) @ values).reshape(-1, 2)
+        """What ``measure`` says of each prediction, summed for each sequence: float32 [S]."""
+        sums = np.zeros(len(sequences), np.float32)
+        bundles = list(_bundles(sequences, self.max_tokens))
+        with blas_threads_within(1), evaluating(self.model), mx.stream(self._streams[0]):
+            self._reach(sequences)
+            for group in split_by_tokens([[sequences[i] for i in bundle] for bundle in bundles], self.max_tokens):
+                index = [i for number in group for i in bundles[number]]
+                some = [sequences[i] for i in index]
+                self._prepare(some)
+                sums[index] = np.array(measure(some).sums)
         return sums
 
-    def loss_and_grad(
-        self, window: Sequence[EncodedPair], reference: PairLogps | None, settings: LossSettings
-    ) -> StepResult:
-        """Loss and adapter gradient of all pairs of one optimizer step.
-
-        ``reference`` holds the window's reference log-probs, in its order; None only for a reference-free loss,
-        ValueError otherwise.
-        """
-        if reference is None:
-            if not settings.reference_free:
-                raise ValueError(f"the loss {settings.loss_type} needs reference log-probs")
-            zeros = np.zeros(len(window), np.float32)
-            reference = PairLogps(zeros, zeros, zeros, zeros)
-        totals = _Totals(
-            sum(pair.weight for pair in window), sum(pair.weight * len(pair.chosen_ids) for pair in window)
-        )
-        columns = np.zeros((len(window), 5), np.float32)
-        loss, nll, tokens = 0.0, 0.0, 0
+    def loss_and_grad(self, window: Sequence[EncodedRow], loss: WindowLoss) -> StepResult:
+        """See :class:`Scorer`."""
+        columns = np.zeros((len(window), len(loss.columns)), np.float32)
+        total, tokens = 0.0, 0
         grad: Gradients = {}
         with blas_threads_within(1), mx.stream(self._streams[0]):
-            for group in split_by_tokens(window, self.max_tokens):
-                rows = [window[i] for i in group]
-                self._prepare(rows)
-                part = self._group_grad(rows, reference.rows(group), settings, totals)
+            self._reach(sequences_of(window))
+            for group in split_by_tokens([row.sequences for row in window], self.max_tokens):
+                sequences = sequences_of(window[i] for i in group)
+                self._prepare(sequences)
+                part = self._group_grad(group, sequences, loss)
                 mx.eval(part.last)
-                loss += float(part.loss)
-                nll += float(part.nll)
+                total += float(part.loss)
                 columns[group] = np.array(part.columns)
                 tokens += part.tokens
                 grad = _add(grad, part.grad)
                 mx.eval(grad)
-        return StepResult(
-            loss,
-            nll,
-            columns[:, 0],
-            columns[:, 1],
-            columns[:, 2],
-            _pair_logps(window, columns[:, 3:]),
-            tokens,
-            grad,
-        )
+        return StepResult(total, dict(zip(loss.columns, columns.T, strict=True)), tokens, grad)
 
-    def _group_grad(
-        self, pairs: list[EncodedPair], reference: PairLogps, settings: LossSettings, totals: _Totals
-    ) -> _Part:
+    def _group_grad(self, rows: list[int], sequences: list[TokenSequence], loss: WindowLoss) -> _Part:
         """The group's share of the window."""
-        weights = mx.array(np.array([pair.weight for pair in pairs], np.float32))
-        counts = _counts(pairs)
         trainable = Trainable(self.model)
         tokens = 0
 
-        def loss(parameters: list[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        def share(parameters: list[mx.array]) -> tuple[mx.array, mx.array]:
             nonlocal tokens
             trainable.put(parameters)
-            logps, membership, tokens = self._forward.run(pairs, grad=True, checkpoint=self.gradient_checkpointing)
-            sums = (mx.array(membership) @ logps).reshape(-1, 2)
-            policy = Policy(
-                sums[:, 0],
-                sums[:, 1],
-                mx.array(reference.chosen),
-                mx.array(reference.rejected),
-                mx.array(counts[0].astype(np.float32)),
-                mx.array(counts[1].astype(np.float32)),
-            )
-            out = preference_loss(policy, settings)
-            nll = -mx.sum(weights * policy.chosen) / totals.chosen_tokens
-            total = mx.sum(weights * out.losses) / totals.weight + settings.rpo_alpha * nll
-            columns = mx.stack(
-                [out.losses, out.rewards_chosen, out.rewards_rejected, policy.chosen, policy.rejected], axis=1
-            )
-            return total, nll, columns
+            logps = self._forward.run(sequences, grad=True, checkpoint=self.gradient_checkpointing)
+            tokens = logps.tokens_run
+            return loss.share(rows, logps)
 
         parameters = trainable.get()
         try:
-            (total, nll, columns), grads = mx.value_and_grad(loss)(parameters)
+            with self._forward.patch:
+                (total, columns), grads = mx.value_and_grad(share)(parameters)
         finally:
             trainable.put(parameters)  # the trace left its own arrays behind
         grad, last = _in_order(dict(zip(trainable.names, grads, strict=True)), columns)
-        return _Part(total, nll, columns, grad, last, tokens)
+        return _Part(total, columns, grad, last, tokens)
 
-    def _prepare(self, pairs: Sequence[EncodedPair]) -> None:
+    def _reach(self, sequences: Sequence[TokenSequence]) -> None:
+        """Go over to the plain path where sequences of this length turn out to need it."""
+        if isinstance(self._forward, SharedForward) and sequences:
+            longest = max(len(sequence.prompt_ids) + len(sequence.completion_ids) - 1 for sequence in sequences)
+            with evaluating(self.model):
+                problem = self._forward.problem_at(longest)
+            if problem:
+                self._forward, self.path_reason = self._forward.plain, problem
+
+    def _prepare(self, sequences: Sequence[TokenSequence]) -> None:
         if isinstance(self._forward, SharedForward):
-            self._forward.prepare(pairs)
+            self._forward.prepare(sequences)
 
 
 def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:
@@ -264,13 +217,30 @@ def _in_order(grad: Gradients, first: mx.array) -> tuple[Gradients, mx.array]:
     return {name: chained[name] for name in grad}, last
 
 
-def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[int]]:
-    """Split rows into groups of about equal work, at most ``max_tokens`` each but for a single longer row.
+def _bundles(sequences: Sequence[TokenSequence], max_tokens: int) -> Iterator[list[int]]:
+    """Neighbours with equal prompts, which are best run together, in bundles of at most ``max_tokens``."""
+    bundle: list[int] = []
+    size = 0
+    for index, sequence in enumerate(sequences):
+        tokens = len(sequence.completion_ids)
+        if not bundle or not same_prompt(sequences[bundle[0]], sequence) or size + tokens > max_tokens:
+            if bundle:
+                yield bundle
+            bundle, size = [], len(sequence.prompt_ids)
+        bundle.append(index)
+        size += tokens
+    if bundle:
+        yield bundle
+
+
+def split_by_tokens(rows: Sequence[Sequence[TokenSequence]], max_tokens: int) -> list[list[int]]:
+    """Split rows of sequences into groups of about equal work, at most ``max_tokens`` each but for a longer row.
 
     Rows with equal prompts stay side by side, so that the prompt is shared. Groups come longest first.
     """
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i].prompt_ids.tolist())
-    costs = _costs(pairs, order)
+    order = sorted(range(len(rows)), key=lambda i: rows[i][0].prompt_ids.tolist())
+    sizes = [num_tokens(row) for row in rows]
+    costs = _costs(rows, order)
     total = sum(costs)
     wanted = max(1, -(-total // max_tokens))
     groups: list[list[int]] = []
@@ -281,55 +251,28 @@ def split_by_tokens(pairs: Sequence[EncodedPair], max_tokens: int) -> list[list[
         done += cost
         if not groups or number > len(groups) - 1 or size + cost > max_tokens:
             groups.append([])
-            size, cost = 0, pairs[index].num_tokens  # its prompt is run again in a new group
+            size, cost = 0, sizes[index]  # its prompt is run again in a new group
         groups[-1].append(index)
         size += cost
-    return sorted(groups, key=lambda group: -sum(pairs[i].num_tokens for i in group))
+    return sorted(groups, key=lambda group: -sum(sizes[i] for i in group))
 
 
-def _costs(pairs: Sequence[EncodedPair], order: list[int]) -> list[int]:
-    """Tokens each row adds, in ``order``: what it shares with the row before it is free."""
+def _costs(rows: Sequence[Sequence[TokenSequence]], order: list[int]) -> list[int]:
+    """Tokens each row adds, in ``order``: what it shares with those of the same prompt before it is free."""
     costs = []
-    previous: EncodedPair | None = None
+    before: list[TokenSequence] = []
     for index in order:
-        pair = pairs[index]
-        answers = [pair.chosen_ids, pair.rejected_ids]
-        shared = [np.empty(0, np.int32)]
-        if previous is not None and np.array_equal(previous.prompt_ids, pair.prompt_ids):
-            shared += [previous.chosen_ids, previous.rejected_ids]
-            cost = 0
-        else:
-            cost = len(pair.prompt_ids)
-        for answer in answers:
-            cost += len(answer) - max(common_length(answer, other) for other in shared)
-            shared.append(answer)
+        cost = 0
+        for sequence in rows[index]:
+            if before and same_prompt(before[-1], sequence):
+                shared = max(common_length(sequence.completion_ids, other.completion_ids) for other in before)
+            else:
+                before, shared = [], -len(sequence.prompt_ids)
+            cost += len(sequence.completion_ids) - shared
+            before.append(sequence)
         costs.append(cost)
-        previous = pair
     return costs
 
 
 def _add(total: Gradients, part: Gradients) -> Gradients:
     return {name: total[name] + value for name, value in part.items()} if total else part
-
-
-def _counts(pairs: Sequence[EncodedPair]) -> tuple[np.ndarray, np.ndarray]:
-    return (
-        np.array([len(pair.chosen_ids) for pair in pairs], np.int64),
-        np.array([len(pair.rejected_ids) for pair in pairs], np.int64),
-    )
-
-
-def _pair_logps(pairs: Sequence[EncodedPair], sums: np.ndarray) -> PairLogps:
-    return PairLogps(sums[:, 0], sums[:, 1], *_counts(pairs))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and back to each module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module._training = True

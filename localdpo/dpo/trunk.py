@@ -1,10 +1,11 @@
 """The frozen trunk runs once: hidden states below the lowest adapted layer, kept on disk.
 
 With adapters in the top layers only, what enters the lowest of them never changes, so the reference, the policy,
-evaluation and every epoch can start there. One file holds the states of all pairs of one base and one cut, one
-float32 row a token, and is memory-mapped; an index names each pair's place and checksum.
+evaluation and every epoch can start there. One file holds the states of all sequences of one base and one cut, one
+float32 row a token, and is memory-mapped; an index names each part's place and checksum. A sequence has two parts, its
+prompt, kept once however many completions it has, and its completion.
 
-The cache is bounded: files of other bases and cuts are deleted, oldest first, to stay under the limit, and pairs
+The cache is bounded: files of other bases and cuts are deleted, oldest first, to stay under the limit, and parts
 that still don't fit are simply computed again. It knows nothing about models.
 """
 
@@ -14,15 +15,15 @@ import shutil
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from localdpo.data.encode import EncodedPair
 from localdpo.dpo.packing import PackedBatch
+from localdpo.sequences import TokenSequence
 
 DEFAULT_LIMIT = 8 << 30
 _FREE_SHARE = 0.25
@@ -30,33 +31,33 @@ _FREE_SHARE = 0.25
 _SCHEMA = "CREATE TABLE IF NOT EXISTS states (key TEXT PRIMARY KEY, start INTEGER, rows INTEGER, crc INTEGER)"
 
 
-def rows_of(pair: EncodedPair) -> int:
-    """Rows kept of a pair: its prompt once, and both answers without their last token."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) - 2
+def parts_of(sequence: TokenSequence) -> tuple[tuple[str, slice], tuple[str, slice]]:
+    """Key and tokens of each part of a sequence's ``inputs``: the prompt, and the completion without its last token."""
+    prompt = len(sequence.prompt_ids)
+    return (sequence.prompt_key, slice(0, prompt)), (sequence.key, slice(prompt, None))
 
 
-def gather(batch: PackedBatch, pairs: Sequence[EncodedPair], states: Sequence[np.ndarray]) -> np.ndarray:
-    """States of a packed batch, float32 [T, D], from those of its pairs, each [rows_of(pair), D]."""
-    out = np.empty((len(batch.tokens), states[0].shape[1]), np.float32)
-    for index, (pair, state) in enumerate(zip(pairs, states, strict=True)):
-        chosen = len(batch.paths[2 * index])
-        prompt = len(pair.prompt_ids)
-        out[batch.paths[2 * index]] = state[:chosen]
-        out[batch.paths[2 * index + 1][prompt:]] = state[chosen:]
-        out[batch.paths[2 * index + 1][:prompt]] = state[:prompt]
+def gather(batch: PackedBatch, sequences: Sequence[TokenSequence], states: Mapping[str, np.ndarray]) -> np.ndarray:
+    """States of a packed batch, float32 [T, D], from those of its sequences' parts, each [tokens, D], by key."""
+    width = next(iter(states.values())).shape[1]
+    out = np.empty((len(batch.tokens), width), np.float32)
+    for sequence, path in zip(sequences, batch.paths, strict=True):
+        for key, tokens in parts_of(sequence):
+            out[path[tokens]] = states[key]
     return out
 
 
-def scatter(batch: PackedBatch, pairs: Sequence[EncodedPair], states: np.ndarray) -> list[np.ndarray]:
-    """The inverse of :func:`gather`: each pair's states out of the packed batch's."""
-    return [
-        np.concatenate([states[batch.paths[2 * index]], states[batch.paths[2 * index + 1][len(pair.prompt_ids) :]]])
-        for index, pair in enumerate(pairs)
-    ]
+def scatter(batch: PackedBatch, sequences: Sequence[TokenSequence], states: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of :func:`gather`: each part's states out of the packed batch's."""
+    return {
+        key: states[path[tokens]]
+        for sequence, path in zip(sequences, batch.paths, strict=True)
+        for key, tokens in parts_of(sequence)
+    }
 
 
 class TrunkCache:
-    """Hidden states at one cut of one base, by pair key."""
+    """Hidden states at one cut of one base, by the keys of :func:`parts_of`."""
 
     def __init__(self, folder: Path, name: str, width: int, limit: int = DEFAULT_LIMIT) -> None:
         """``folder`` holds every trunk cache, ``name`` says base, cut and device; ``limit`` bounds all in bytes."""
@@ -81,39 +82,39 @@ class TrunkCache:
         """Bytes that this cut's states take on disk."""
         return self._data.stat().st_size if self._data.exists() else 0
 
-    def get(self, pair: EncodedPair) -> np.ndarray | None:
-        """The pair's states, float32 [rows_of(pair), D], or None when they are not there or damaged."""
-        place = self._places.get(pair.key)
+    def get(self, key: str) -> np.ndarray | None:
+        """A part's states, float32 [tokens, D], or None when they are not there or damaged."""
+        place = self._places.get(key)
         if place is None:
             return None
         start, rows, crc = place
         states = self._rows(start, rows)
-        if rows != rows_of(pair) or states is None or zlib.crc32(states.tobytes()) != crc:
-            self._places.pop(pair.key, None)
+        if states is None or zlib.crc32(states.tobytes()) != crc:
+            self._places.pop(key, None)
             return None
         return states
 
-    def put(self, pairs: Sequence[EncodedPair], states: Sequence[np.ndarray]) -> None:
-        """Keep states [rows_of(pair), D] float32. Without room, or on a fault of the disk, nothing is kept."""
-        added = sum(state.nbytes for state in states)
+    def put(self, states: Mapping[str, np.ndarray]) -> None:
+        """Keep parts' states [tokens, D] float32. Without room, or on a fault of the disk, nothing is kept."""
+        added = sum(state.nbytes for state in states.values())
         try:
             if self.nbytes + added > self.limit:
                 return
             with self._one_thread, FileLock(self.folder / "lock"):
-                places = self._append(pairs, states)
+                places = self._append(states)
             self._places |= places
         except (OSError, sqlite3.Error):
             self.limit = 0
 
-    def _append(self, pairs: Sequence[EncodedPair], states: Sequence[np.ndarray]) -> dict[str, tuple[int, int, int]]:
+    def _append(self, states: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int, int]]:
         places = {}
         with self._data.open("ab") as file:
             # A torn earlier write leaves part of a row: start on the next whole one.
             row = 4 * self.width
             file.write(b"\0" * (-file.tell() % row))
-            for pair, state in zip(pairs, states, strict=True):
+            for key, state in states.items():
                 data = np.ascontiguousarray(state, np.float32).tobytes()
-                places[pair.key] = (file.tell() // row, len(state), zlib.crc32(data))
+                places[key] = (file.tell() // row, len(state), zlib.crc32(data))
                 file.write(data)
         with self._open() as index:
             index.execute(_SCHEMA)

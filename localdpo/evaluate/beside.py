@@ -6,23 +6,22 @@ model without an adapter is its own base, and asked once. This module judges not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from localdpo.core.reference import ReferenceCache
+from localdpo.core.score import Scorer
 from localdpo.data.chat import ChatFormat, Refusal
-from localdpo.data.encode import EncodedPair, Ids
 from localdpo.data.fields import Message
-from localdpo.dpo.losses import PairLogps
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import adapter_weights
 from localdpo.paths import cache_dir
+from localdpo.sequences import EncodedRow, Ids, RowValues, completion_lengths, sequences_of
 from localdpo.steps import mapped
 from localdpo.train.events import ProgressEvent
 from localdpo.train.retain import CHUNK, base_answers
@@ -50,8 +49,8 @@ class _HasName(Protocol):
 
 _Named = TypeVar("_Named", bound=_HasName)
 
-SCORED_TOGETHER = 32
-"""Pairs of answers scored between two reports."""
+SCORED_TOGETHER = 64
+"""Answers scored between two reports."""
 
 Both = tuple[list[str], list[str]]
 """The base's and the tuned model's answers."""
@@ -162,45 +161,34 @@ def answers_now(
 
 
 def both_logps(
-    loaded: LoadedModel, scorer: PairScorer, questions: Sequence[Question], stage: str, name: str
+    loaded: LoadedModel, scorer: Scorer, questions: Sequence[Question], stage: str, name: str
 ) -> Generator[ProgressEvent, None, Scores]:
     """Log-probs of every answer of every question, by the base and by the model as it stands; exact, dropout off."""
-    pairs = [pair for question in questions for pair in _as_pairs(question)]
+    rows = [EncodedRow.of(question.prompt_ids, question.answers) for question in questions]
     tuned_too = bool(adapter_weights(loaded.model))
-    wanted = len(pairs) * (1 + tuned_too)
+    answers = sum(len(row.sequences) for row in rows)
+    wanted = answers * (1 + tuned_too)
     cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
     base = yield from mapped(
-        cache.fill(scorer, pairs),
-        lambda counts: progress(stage, f"{name}: the base scores", len(pairs) - counts[1] + counts[0], wanted),
+        cache.fill(scorer, rows),
+        lambda counts: progress(stage, f"{name}: the base scores", answers - counts[1] + counts[0], wanted),
     )
     if not tuned_too:
-        return _by_question(questions, base), _by_question(questions, base)
+        return _by_question(rows, base), _by_question(rows, base)
     # Equal prompts stay side by side, and are run once.
-    order = sorted(range(len(pairs)), key=lambda row: pairs[row].prompt_ids.tolist())
-    sums = np.zeros((len(pairs), 2), np.float32)
-    for start in range(0, len(order), SCORED_TOGETHER):
-        rows = order[start : start + SCORED_TOGETHER]
-        yield progress(stage, f"{name}: the tuned model scores", len(pairs) + start, wanted)
-        found = scorer.logps([pairs[row] for row in rows])
-        sums[rows] = np.stack([found.chosen, found.rejected], axis=1)
-    tuned = PairLogps(sums[:, 0], sums[:, 1], base.chosen_tokens, base.rejected_tokens)
-    return _by_question(questions, base), _by_question(questions, tuned)
+    sequences = sequences_of(rows)
+    order = sorted(range(answers), key=lambda place: sequences[place].prompt_ids.tolist())
+    tuned = np.zeros(answers, np.float32)
+    for start in range(0, answers, SCORED_TOGETHER):
+        places = order[start : start + SCORED_TOGETHER]
+        yield progress(stage, f"{name}: the tuned model scores", answers + start, wanted)
+        tuned[places] = scorer.logps([sequences[place] for place in places])
+    return _by_question(rows, base), _by_question(rows, tuned)
 
 
-def _as_pairs(question: Question) -> Iterable[EncodedPair]:
-    """The answers two by two, as the scorer takes them; of an odd number the last goes with the first."""
-    answers = question.answers
-    for start in range(0, len(answers), 2):
-        yield EncodedPair(question.prompt_ids, answers[start], answers[(start + 1) % len(answers)])
-
-
-def _by_question(questions: Sequence[Question], logps: PairLogps) -> list[Scored]:
-    flat = np.stack([logps.chosen, logps.rejected], axis=1).astype(np.float64)
-    found, at = [], 0
-    for question in questions:
-        count = len(question.answers)
-        rows = -(-count // 2)
-        tokens = np.array([len(answer) for answer in question.answers], np.int64)
-        found.append(Scored(flat[at : at + rows].reshape(-1)[:count], tokens))
-        at += rows
-    return found
+def _by_question(rows: Sequence[EncodedRow], logps: np.ndarray) -> list[Scored]:
+    values = RowValues.of(logps, rows)
+    return [
+        Scored(values.take([number]).astype(np.float64), completion_lengths(row.sequences))
+        for number, row in enumerate(rows)
+    ]

@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from localdpo.core.losses import pair_logps
+from localdpo.core.reference import ReferenceCache
 from localdpo.data.check.findings import Finding, Severity, found
 from localdpo.data.encode import encode_pairs
 from localdpo.data.jsonl import ProblemLog
 from localdpo.data.pairs import PreferencePair, listed, scan_pairs
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
 from localdpo.recipe import Truncation
+from localdpo.steps import Steps
 
 __all__ = ["Distances", "distance_findings", "measure_distances"]
 
@@ -60,10 +62,11 @@ def measure_distances(
         return Distances(np.zeros(0, np.int64), none, none, loaded.spec)
     encoding = encode_pairs(pairs, loaded.tokenizer, max_length, truncation)
     cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
-    for done, total in cache.fill(PairScorer(loaded.model), encoding.pairs):
+    steps = Steps(cache.fill(make_scorer(loaded.model), encoding.pairs))
+    for done, total in steps:
         if progress is not None:
             progress(done, total)
-    logps = cache.get(PairScorer(loaded.model), encoding.pairs)
+    logps = pair_logps(encoding.pairs, steps.result)
     return Distances(
         np.array([pair.line for pair in encoding.pairs], np.int64),
         np.asarray(logps.chosen, np.float64) / np.maximum(1, logps.chosen_tokens),

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from localdpo.data.encode import EncodedPair, Ids, end_of_turn_ids
+from localdpo.core.score import Scorer
+from localdpo.data.encode import end_of_turn_ids
 from localdpo.data.pairs import PreferencePair, PromptRow
-from localdpo.dpo.scorer import PairScorer
 from localdpo.evaluate.beside import answers_now
 from localdpo.evaluate.figures import TAUGHT, UNTAGGED, group_of, says
 from localdpo.evaluate.intervals import Figure, bootstrap, mean, share
@@ -33,6 +33,7 @@ from localdpo.evaluate.wording import (
 )
 from localdpo.model.load import LoadedModel
 from localdpo.paths import cache_dir
+from localdpo.sequences import Ids, TokenSequence
 from localdpo.train.events import Event, ProgressEvent, SampleEvent
 from localdpo.train.retain import RETAIN_TOKENS, base_answers, encode_prompts
 from localdpo.train.session import staged
@@ -208,7 +209,7 @@ class Drift:
 
 def measure_drift(
     loaded: LoadedModel,
-    scorer: PairScorer,
+    scorer: Scorer,
     sets: Sequence[PromptSet],
     pairs: Sequence[PreferencePair],
     options: DriftOptions,
@@ -239,7 +240,7 @@ def _evenly(rows: Sequence[T], limit: int) -> list[T]:
 
 def _answers(
     loaded: LoadedModel,
-    scorer: PairScorer,
+    scorer: Scorer,
     name: str,
     rows: Sequence[PromptRow],
     prompts: Sequence[Ids],
@@ -273,7 +274,7 @@ def _both(
 
 
 def answer_kl(
-    loaded: LoadedModel, scorer: PairScorer, prompts: Sequence[Ids], answers: Sequence[str], max_tokens: int
+    loaded: LoadedModel, scorer: Scorer, prompts: Sequence[Ids], answers: Sequence[str], max_tokens: int
 ) -> list[tuple[float, int]]:
     """KL(base || tuned) summed over each answer's tokens, and their number; (0, 0) for an answer without any.
 
@@ -286,10 +287,9 @@ def answer_kl(
         # Encoding a text again may take fewer tokens than the model took to write it.
         ids.append(tokens if len(tokens) >= UNFINISHED_SHARE * max_tokens else np.concatenate([tokens, end]))
     numbers = [number for number, answer in enumerate(ids) if len(answer)]
-    # A pair needs a second answer: its first token costs nothing, as both answers ask the same state for theirs.
-    pairs = [EncodedPair(np.asarray(prompts[n], np.int32), ids[n], ids[n][:1]) for n in numbers]
+    sequences = [TokenSequence(np.asarray(prompts[n], np.int32), ids[n]) for n in numbers]
     found = [(0.0, 0)] * len(ids)
-    for number, total in zip(numbers, scorer.base_kl(pairs)[:, 0], strict=True):
+    for number, total in zip(numbers, scorer.base_kl(sequences), strict=True):
         found[number] = float(total), len(ids[number])
     return found
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from localdpo import __version__
+from localdpo.core.score import Scorer
 from localdpo.data.pairs import PreferencePair, PromptRow, read_pairs, read_prompts
 from localdpo.data.split import overlap
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.errors import InputError, Problem
 from localdpo.evaluate.blind import BlindTest, blind_tests
 from localdpo.evaluate.drift import Drift, DriftOptions, PromptSet, measure_drift
@@ -207,8 +208,8 @@ def _probes(run: RunFolder, recipe: Recipe) -> list[PromptRow]:
     ]
 
 
-def _scorer(loaded: LoadedModel) -> PairScorer:
-    scorer = PairScorer(loaded.model)
+def _scorer(loaded: LoadedModel) -> Scorer:
+    scorer = make_scorer(loaded.model)
     scorer.use_trunk(cache_dir() / "trunk", loaded.fingerprint)
     return scorer
 

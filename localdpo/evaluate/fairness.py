@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localdpo.data.chat import ChatFormat
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.errors import InputError, Problem
 from localdpo.evaluate.beside import (
     Question,
@@ -147,7 +147,7 @@ class _Run:
 
     def result(self) -> Generator[ProgressEvent, None, FairnessResult]:
         self._encode()
-        asked, scorer = self.asked, PairScorer(self.loaded.model)
+        asked, scorer = self.asked, make_scorer(self.loaded.model)
         scores = yield from both_logps(self.loaded, scorer, self.questions, STAGE, asked.name)
         firsts = [self.questions[number].prompt_ids for table in self.index for number in table[:, 0]]
         said = yield from both_answers(self.loaded, firsts, self.max_tokens, STAGE, asked.name)

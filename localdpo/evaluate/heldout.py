@@ -13,32 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from localdpo.data.encode import EncodedPair, encode_pairs
+from localdpo.core.losses import LossInputs, LossSettings, PairLogps, pair_logps, preference_loss
+from localdpo.core.reference import ReferenceCache
+from localdpo.core.score import Scorer
+from localdpo.data.encode import encode_pairs
 from localdpo.data.pairs import PreferencePair, Skipped, prompt_key, read_pairs
-from localdpo.dpo.losses import LossSettings, PairLogps, Policy, preference_loss
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.errors import InputError, Problem
 from localdpo.evaluate.intervals import Figure, bootstrap, mean, share
 from localdpo.evaluate.wording import prompt_text, words_of
+from localdpo.methods.base import held_out_figures
+from localdpo.methods.dpo import DPO
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import load_adapter
 from localdpo.paths import cache_dir
 from localdpo.recipe import Recipe, load_recipe
+from localdpo.sequences import EncodedRow
 from localdpo.steps import result_of
 from localdpo.train.inputs import read_inputs
-from localdpo.train.monitor import held_out_metrics
 from localdpo.train.run import RunFolder
+from localdpo.train.session import scored_rows
 from localdpo.train.snapshot import copies
 
 __all__ = ["HeldOut", "PairScores", "compare", "evaluate_run", "figures", "held_out_pairs", "score_pairs"]
-
-CHUNK = 32
-"""Pairs scored between two signs of life."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -58,7 +58,7 @@ class PairScores:
     """B pairs under a policy and under the base: summed log-probs, float32 [B] in each of the ``PairLogps``."""
 
     rows: Sequence[PreferencePair]
-    pairs: Sequence[EncodedPair]
+    pairs: Sequence[EncodedRow]
     skipped: Sequence[Skipped]
     policy: PairLogps
     base: PairLogps
@@ -72,8 +72,8 @@ class PairScores:
     @property
     def metrics(self) -> dict[str, float]:
         """As in training, ``eval_`` before each."""
-        reference = None if self.settings.reference_free else self.base
-        return held_out_metrics(self.policy, reference, self.pairs, self.settings)
+        reference = None if self.settings.reference_free else _flat(self.base)
+        return held_out_figures(DPO(self.settings), self.pairs, _flat(self.policy), reference)[1]
 
     @property
     def nats(self) -> _Floats:
@@ -92,7 +92,7 @@ def evaluate_run(folder: str | Path, pairs_file: str | Path | None = None) -> He
     pairs = held_out_pairs(run, recipe, pairs_file)
     loaded = load_model(recipe.model, quantize=recipe.quantize, memory=recipe.train.memory)
     load_adapter(run.adapter, loaded)
-    scores = result_of(score_pairs(loaded, PairScorer(loaded.model), recipe, pairs))
+    scores = result_of(score_pairs(loaded, make_scorer(loaded.model), recipe, pairs))
     return HeldOut(scores.metrics, len(scores.pairs), tuple(scores.skipped), scores)
 
 
@@ -122,22 +122,23 @@ def held_out_pairs(run: RunFolder, recipe: Recipe, pairs_file: str | Path | None
 
 
 def score_pairs(
-    loaded: LoadedModel, scorer: PairScorer, recipe: Recipe, pairs: Sequence[PreferencePair]
+    loaded: LoadedModel, scorer: Scorer, recipe: Recipe, pairs: Sequence[PreferencePair]
 ) -> Generator[tuple[int, int], None, PairScores]:
     """Score ``pairs`` under the model as it stands and under its base; yields (done, wanted)."""
     encoding = encode_pairs(pairs, loaded.tokenizer, recipe.data.max_length, recipe.data.truncation)
-    encoded, parts = encoding.pairs, []
+    encoded = encoding.pairs
     if not encoded:
         reason = str(encoding.skipped[0]) if encoding.skipped else "there are none"
         raise InputError(Problem("held-out pairs", f"none can be scored: {reason}"))
     cache = ReferenceCache(cache_dir() / "reference", loaded.fingerprint, loaded.device)
-    base = yield from cache.fill(scorer, encoded)
-    for start in range(0, len(encoded), CHUNK):
-        yield start, len(encoded)
-        parts.append(scorer.logps(encoded[start : start + CHUNK]))
-    policy = PairLogps(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    base = pair_logps(encoded, (yield from cache.fill(scorer, encoded)))
+    policy = pair_logps(encoded, (yield from scored_rows(scorer, encoded)))
     rows = [pairs[pair.row] for pair in encoded]
     return PairScores(rows, encoded, encoding.skipped, policy, base, LossSettings.from_recipe(recipe.dpo))
+
+
+def _flat(logps: PairLogps) -> npt.NDArray[np.float32]:
+    return np.stack([logps.chosen, logps.rejected], axis=1).reshape(-1)
 
 
 def _preference(logps: PairLogps) -> _Floats:
@@ -177,12 +178,8 @@ def figures(scores: PairScores, seed: int = 0) -> dict[str, Any]:
 
 def _rewards(scores: PairScores, policy: PairLogps) -> tuple[_Floats, _Floats, _Floats]:
     """Each pair's loss without NLL, and both rewards."""
-    base = scores.base
-    columns = (policy.chosen, policy.rejected, base.chosen, base.rejected, *policy[2:])
-    arrays = (mx.array(np.asarray(column, np.float32)) for column in columns)
-    losses, chosen, rejected = (
-        np.array(column).astype(np.float64) for column in preference_loss(Policy(*arrays), scores.settings)
-    )
+    output = preference_loss(LossInputs.of(policy, scores.base), scores.settings)
+    losses, chosen, rejected = (np.array(column).astype(np.float64) for column in output)
     return losses, chosen, rejected
 
 

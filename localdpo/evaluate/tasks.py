@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from localdpo.data.chat import ChatFormat
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.evaluate import text_metrics
 from localdpo.evaluate.beside import (
@@ -164,7 +164,7 @@ class _Run:
         return questions
 
     def _chosen(self, questions: Sequence[Question]) -> Generator[ProgressEvent, None, TaskResult]:
-        scorer = PairScorer(self.loaded.model)
+        scorer = make_scorer(self.loaded.model)
         base, tuned = yield from both_logps(self.loaded, scorer, questions, STAGE, self.task.name)
         picked = [[self._pick(one, example) for one, example in zip(scores, self.examples, strict=True)]
                   for scores in (base, tuned)]  # fmt: skip

@@ -17,7 +17,6 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from localdpo.data.encode import Ids
 from localdpo.data.pairs import Message, read_pairs, read_prompts
 from localdpo.errors import InputError
 from localdpo.export.fold import Delta, Form, put, stored_layer
@@ -29,6 +28,7 @@ from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import adapters_off, detach_lora
 from localdpo.paths import recipes_dir
+from localdpo.sequences import Ids
 from localdpo.train.inputs import EVERYDAY
 from localdpo.train.snapshot import copies
 

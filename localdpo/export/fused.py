@@ -11,7 +11,7 @@ from shlex import quote
 
 import mlx.core as mx
 
-from localdpo.data.encode import Ids, encode_prompt
+from localdpo.data.encode import encode_prompt
 from localdpo.data.pairs import Message
 from localdpo.errors import InputError, Problem
 from localdpo.export.agreement import PROMPTS, Agreement, find_prompts, measure, spread
@@ -23,6 +23,7 @@ from localdpo.export.targets import Job, Written
 from localdpo.files import require_space
 from localdpo.model.load import LoadedModel, OpenModel, load_model, open_model
 from localdpo.model.lora import load_adapter, read_adapter
+from localdpo.sequences import Ids
 
 _ANSWER_ROOM = 64
 

@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
-import numpy as np
 
-from localdpo.dpo.losses import PairLogps
 from localdpo.errors import DivergedError
 from localdpo.files import verify_folder
+from localdpo.methods.base import held_out_figures
 from localdpo.model.lora import load_adapter, save_adapter
 from localdpo.recipe import Recipe
 from localdpo.train.checkpoint import (
@@ -38,11 +37,10 @@ from localdpo.train.events import (
 )
 from localdpo.train.fork import find_fork_point, forked_message, staged_start, with_start
 from localdpo.train.inputs import Inputs, originals, read_inputs, starting_files
-from localdpo.train.monitor import Scores, held_out_metrics, row_metrics
 from localdpo.train.optimizer import global_norm, learning_rate_at, require_finite
 from localdpo.train.plan import Plan
 from localdpo.train.run import ActiveRun, Control, Request
-from localdpo.train.session import CHUNK, Session, Stage, begin, preflight, set_up, staged, watched
+from localdpo.train.session import Session, Stage, begin, preflight, scored_rows, set_up, staged, watched
 from localdpo.train.snapshot import Opened, copies, open_again, open_new
 from localdpo.train.trackers import Trackers, require_trackers
 
@@ -217,14 +215,14 @@ def take_step(session: Session) -> StepEvent:
     state, recipe = session.state, session.recipe.train
     rows = session.order.rows(state.position)
     window = [session.train[row] for row in rows]
-    reference = None if session.reference is None else session.reference.rows(rows)
-    result = session.scorer.loss_and_grad(window, reference, session.settings)
+    reference = None if session.reference is None else session.reference.take(rows)
+    result = session.scorer.loss_and_grad(window, session.method.window_loss(window, reference))
     norm = global_norm(result.grad)
     step = state.step + 1
     require_finite(
         step,
         window,
-        {"logps/chosen": result.policy.chosen, "logps/rejected": result.policy.rejected},
+        result.columns,
         {"loss": result.loss, "grad_norm": norm},
     )
     rate = learning_rate_at(recipe, step, state.total_steps)
@@ -239,7 +237,6 @@ def take_step(session: Session) -> StepEvent:
     seconds = time.perf_counter() - began
     metrics = {
         "loss": result.loss,
-        "nll_loss": result.nll,
         "learning_rate": rate,
         "grad_norm": norm,
         "epoch": session.order.epochs_done(session.state.position),
@@ -247,23 +244,22 @@ def take_step(session: Session) -> StepEvent:
         "step_seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
         "peak_memory_bytes": mx.get_peak_memory(),
-        **row_metrics(Scores(result.policy, result.rewards_chosen, result.rewards_rejected), window, reference),
+        **session.method.metrics(result.columns, window, reference),
     }
     return StepEvent(step=step, total_steps=state.total_steps, metrics=metrics)
 
 
 def evaluate(session: Session) -> Stage[bool]:
-    """Score the held-out pairs, if there are any; returns whether this is the best evaluation so far."""
-    pairs, state = session.setup.held_out, session.state
-    if not pairs:
+    """Score the held-out rows, if there are any; returns whether this is the best evaluation so far."""
+    rows, state = session.setup.held_out, session.state
+    if not rows:
         return False
     if state.step == 0 and session.held_out_reference is not None and session.starts_at_reference:
-        policy = session.held_out_reference
+        logps = session.held_out_reference
     else:
-        policy = yield from staged("evaluate", _scores(session), state.step)
-    metrics = held_out_metrics(policy, session.held_out_reference, pairs, session.settings)
-    per_row = {"logps/chosen": policy.chosen, "logps/rejected": policy.rejected}
-    require_finite(state.step, pairs, per_row, {"eval_loss": metrics["eval_loss"]})
+        logps = yield from staged("evaluate", scored_rows(session.scorer, rows), state.step)
+    columns, metrics = held_out_figures(session.method, rows, logps, session.held_out_reference)
+    require_finite(state.step, rows, columns, {"eval_loss": metrics["eval_loss"]})
     metrics["epoch"] = session.order.epochs_done(state.position)
     loss = metrics["eval_loss"]
     # What was there before training is something to compare with, not something to keep.
@@ -275,14 +271,6 @@ def evaluate(session: Session) -> Stage[bool]:
         session.state = replace(state, stale=state.stale + 1)
     yield EvalEvent(step=state.step, best=best, metrics=metrics)
     return best
-
-
-def _scores(session: Session) -> Generator[tuple[int, int], None, PairLogps]:
-    pairs, parts = session.setup.held_out, []
-    for start in range(0, len(pairs), CHUNK):
-        yield start, len(pairs)
-        parts.append(session.scorer.logps(pairs[start : start + CHUNK]))
-    return PairLogps(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def stop_reason(session: Session) -> str:

@@ -17,10 +17,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from localdpo.data.encode import EncodedPair
 from localdpo.dpo.standin import Trainable
 from localdpo.errors import DivergedError, Problem
 from localdpo.recipe import TrainRecipe
+from localdpo.sequences import EncodedRow
 
 Gradients = Mapping[str, mx.array]
 
@@ -161,7 +161,7 @@ class AdapterOptimizer:
 
 def require_finite(
     step: int,
-    window: Sequence[EncodedPair],
+    window: Sequence[EncodedRow],
     per_row: Mapping[str, np.ndarray],
     whole: Mapping[str, float],
 ) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from localdpo.data.encode import EncodedPair
 from localdpo.data.pairs import Skipped
 from localdpo.dpo.budget import CPU_STREAMS, mode_of
 from localdpo.errors import EnvironmentFault, Problem
@@ -27,6 +26,7 @@ from localdpo.model.load import LoadedModel
 from localdpo.model.lora import LoraInfo
 from localdpo.model.resolve import resolve_model
 from localdpo.recipe import Recipe, TrainRecipe
+from localdpo.sequences import EncodedRow
 from localdpo.train.memory import MemoryEstimate, ModelShape, estimate_step
 from localdpo.train.optimizer import warmup_steps
 
@@ -104,7 +104,7 @@ def make_plan(
     recipe: Recipe,
     loaded: LoadedModel,
     info: LoraInfo,
-    train: Sequence[EncodedPair],
+    train: Sequence[EncodedRow],
     *,
     held_out: int,
     retain_tokens: Sequence[int],

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from localdpo.data.encode import UNFINISHED, Ids, encode_prompt
+from localdpo.data.encode import UNFINISHED, encode_prompt
 from localdpo.data.pairs import Message, PreferencePair, PromptRow, Skipped
 from localdpo.errors import EnvironmentFault, InputError
 from localdpo.files import write_json
 from localdpo.model.generate import batch_greedy
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import adapters_off
+from localdpo.sequences import Ids
 
 RETAIN_TOKENS = 32
 """Longest answer to keep: what makes an answer the base's own shows in its first words, and every token costs time."""

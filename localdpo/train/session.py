@@ -14,19 +14,21 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from localdpo.data.encode import EncodedPair, Ids, encode_pairs, encoded_shelf
+from localdpo.core.reference import ReferenceCache
+from localdpo.core.score import Scorer
+from localdpo.data.encode import encode_pairs, encoded_shelf
 from localdpo.data.order import Position, RowOrder
 from localdpo.data.pairs import PromptRow, pair_to_json, read_pairs
 from localdpo.data.shelf import Shelf
-from localdpo.dpo.losses import LossSettings, PairLogps
-from localdpo.dpo.reference import ReferenceCache
-from localdpo.dpo.scorer import PairScorer
+from localdpo.dpo.scorer import make_scorer
 from localdpo.errors import Problem
 from localdpo.files import atomic_write, require_space
+from localdpo.methods.base import Method, method_of
 from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import LoraInfo, LoraSettings, attach_lora, load_adapter, lora_scale
 from localdpo.paths import cache_dir
 from localdpo.recipe import Recipe
+from localdpo.sequences import EncodedRow, Ids, RowValues, sequences_of
 from localdpo.steps import Steps, result_of
 from localdpo.train.alarms import Alarms
 from localdpo.train.checkpoint import Checkpoint, TrainState, load_latest, restore_rng, rng_state
@@ -45,7 +47,7 @@ from localdpo.train.run import ActiveRun
 from localdpo.train.start import Start, reference_of, start_from
 
 CHUNK = 32
-"""Pairs scored, or prompts answered, between two signs of life."""
+"""Rows scored, or prompts answered, between two signs of life."""
 
 T = TypeVar("T")
 Stage = Generator[Event, None, T]
@@ -68,8 +70,8 @@ class Setup:
     inputs: Inputs
     loaded: LoadedModel
     info: LoraInfo
-    train: Shelf[EncodedPair]
-    held_out: Shelf[EncodedPair]
+    train: Shelf[EncodedRow]
+    held_out: Shelf[EncodedRow]
     retain_rows: list[PromptRow]
     retain_prompts: list[Ids]
     plan: Plan
@@ -78,17 +80,17 @@ class Setup:
 
 @dataclass
 class Session:
-    """Everything the loop works with. ``train`` are preference and retain rows; ``state`` moves on."""
+    """Everything the loop works with. ``train`` are the rows taught and those retained; ``state`` moves on."""
 
     setup: Setup
     run: ActiveRun
-    scorer: PairScorer
-    settings: LossSettings
+    scorer: Scorer
+    method: Method
     optimizer: AdapterOptimizer
     order: RowOrder
-    train: Sequence[EncodedPair]
-    reference: PairLogps | None
-    held_out_reference: PairLogps | None
+    train: Sequence[EncodedRow]
+    reference: RowValues | None
+    held_out_reference: np.ndarray | None
     alarms: Alarms
     epoch_loss: EpochLoss
     state: TrainState
@@ -121,6 +123,15 @@ def watched(session: Session, work: Stage[T]) -> Stage[T]:
         session.epoch_loss.see(event)
         yield from session.alarms.see(event)
     return steps.result
+
+
+def scored_rows(scorer: Scorer, rows: Sequence[EncodedRow]) -> Generator[tuple[int, int], None, np.ndarray]:
+    """Log-probs of the rows' sequences under the model as it stands, float32 [S]; yields (done, wanted) rows."""
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        yield start, len(rows)
+        parts.append(scorer.logps(sequences_of(rows[start : start + CHUNK])))
+    return np.concatenate(parts)
 
 
 def set_up(recipe: Recipe, inputs: Inputs) -> Stage[Setup]:
@@ -182,23 +193,24 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
     yield from notes
     train = setup.train.copy()
     train.extend((yield from _retained(setup, run, resume)))
-    settings = LossSettings.from_recipe(recipe.dpo)
+    method = method_of(recipe)
     scorer = yield from _scorer(setup)
-    reference = held_out_reference = None
-    if not settings.reference_free:
+    reference: RowValues | None = None
+    held_out_reference: np.ndarray | None = None
+    if method.needs_reference:
         judge, fingerprint = reference_of(recipe, setup.start, scorer, loaded)
         cache = ReferenceCache(cache_dir() / "reference", fingerprint, loaded.device)
         scored = train.copy()
         scored.extend(setup.held_out)
         both = yield from staged("reference", cache.fill(judge, scored))
-        reference = both.rows(np.arange(len(train)))
-        held_out_reference = both.rows(np.arange(len(train), len(both.chosen)))
+        reference = RowValues.of(both, scored)
+        held_out_reference = both[reference.starts[len(train)] :]
     order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
     session = Session(
         setup,
         run,
         scorer,
-        settings,
+        method,
         AdapterOptimizer(loaded.model, recipe.train),
         order,
         train,
@@ -228,9 +240,9 @@ def _go_on(session: Session, restored: Checkpoint) -> None:
     session.state = replace(restored.state, total_steps=session.state.total_steps)
 
 
-def _scorer(setup: Setup) -> Stage[PairScorer]:
+def _scorer(setup: Setup) -> Stage[Scorer]:
     model = setup.loaded.model
-    scorer = PairScorer(model, gradient_checkpointing=setup.plan.gradient_checkpointing)
+    scorer = make_scorer(model, gradient_checkpointing=setup.plan.gradient_checkpointing)
     scorer.use_trunk(cache_dir() / "trunk", setup.loaded.fingerprint)
     if scorer.path == "plain":
         message = f"Every prompt is run twice, once for each answer: {scorer.path_reason}."
@@ -295,7 +307,7 @@ def _distinct(problems: Sequence[Problem]) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
-def _expected_retained(train: Sequence[EncodedPair], prompts: Sequence[Ids], max_length: int) -> list[int]:
+def _expected_retained(train: Sequence[EncodedRow], prompts: Sequence[Ids], max_length: int) -> list[int]:
     """Tokens of each retain row before its answers are known: the base's, and one that is taught."""
     if not prompts:
         return []
@@ -303,7 +315,7 @@ def _expected_retained(train: Sequence[EncodedPair], prompts: Sequence[Ids], max
     return [len(prompt) + min(RETAIN_TOKENS // 2, max_length) + taught for prompt in prompts]
 
 
-def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedPair]]:
+def _retained(setup: Setup, run: ActiveRun, resume: bool) -> Stage[list[EncodedRow]]:
     """The retain rows: those the run was started with, else made from the base's answers.
 
     The base answers the probes in the same batches: the more rows share a read of the weights, the less each costs.

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_unflatten
 
-from localdpo.data.encode import EncodedPair
-from localdpo.dpo.losses import PairLogps
-from localdpo.dpo.reference import ScoresReference
-from localdpo.dpo.scorer import PairScorer
+from localdpo.core.reference import ScoresReference
+from localdpo.core.score import Scorer
 from localdpo.errors import InputError, Problem
 from localdpo.files import sha256_file
 from localdpo.model.load import LoadedModel
 from localdpo.model.lora import WEIGHTS_FILE, LoraInfo, adapter_weights, load_adapter
 from localdpo.recipe import Recipe
+from localdpo.sequences import TokenSequence
 
 __all__ = ["Start", "reference_of", "start_from"]
 
@@ -60,7 +60,7 @@ def start_from(recipe: Recipe, loaded: LoadedModel, info: LoraInfo) -> Start | N
 
 
 def reference_of(
-    recipe: Recipe, start: Start | None, scorer: PairScorer, loaded: LoadedModel
+    recipe: Recipe, start: Start | None, scorer: Scorer, loaded: LoadedModel
 ) -> tuple[ScoresReference, str]:
     """Who computes the reference's log-probs, and the fingerprint under which they are kept."""
     if start is None or recipe.dpo.reference == "base":
@@ -72,16 +72,16 @@ def reference_of(
 class _StartScorer:
     """Log-probs under the model with the adapter that the run started from, whatever it has learned since."""
 
-    def __init__(self, scorer: PairScorer, start: Start) -> None:
+    def __init__(self, scorer: Scorer, start: Start) -> None:
         self._scorer = scorer
         self._start = start
 
-    def reference_logps(self, pairs: Sequence[EncodedPair]) -> PairLogps:
-        """Summed log-probs of the pairs; the model is left as it was."""
+    def reference_logps(self, sequences: Sequence[TokenSequence]) -> np.ndarray:
+        """Summed log-probs, float32 [S]; the model is left as it was."""
         model = self._scorer.model
         learned = adapter_weights(model)
         model.update(tree_unflatten(list(self._start.weights.items())))
         try:
-            return self._scorer.logps(pairs)
+            return self._scorer.logps(sequences)
         finally:
             model.update(tree_unflatten(list(learned.items())))

@@ -16,7 +16,7 @@ from typing import Literal
 import mlx.core as mx
 
 from localdpo.data.candidates import Candidate, CandidateJournal, Request, Voice, answer_seed
-from localdpo.data.encode import Ids, encode_prompt
+from localdpo.data.encode import encode_prompt
 from localdpo.data.provenance import AnswerOrigin
 from localdpo.errors import InputError
 from localdpo.files import sha256_file
@@ -24,6 +24,7 @@ from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import WEIGHTS_FILE, adapters_off, load_adapter
 from localdpo.model.sample import batch_sample
 from localdpo.model.sampling import SamplingOptions
+from localdpo.sequences import Ids
 
 __all__ = ["Answered", "Models", "Source", "Speaker", "answer_all"]
 

@@ -1,0 +1,1 @@
+"""What is computed, in its plainest form; a faster path beside it has to equal it."""

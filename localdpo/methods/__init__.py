@@ -1,0 +1,1 @@
+"""The ways to teach, one module each: the rows that one reads, its loss and its metrics."""
