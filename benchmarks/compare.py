@@ -48,7 +48,7 @@ PEERS = {
         "TRL 1.16 + PEFT 0.21",
         "trl_dpo.py",
         (
-            ("torch==2.13.0", "--index-url", "https://download.pytorch.org/whl/cpu"),
+            ("torch==2.13.0",),
             ("trl==1.16.0", "peft==0.21.2", "datasets"),
         ),
     ),

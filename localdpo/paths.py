@@ -7,7 +7,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_dir", "child_environment", "recipes_dir"]
+__all__ = ["cache_dir", "child_environment", "from_here", "recipes_dir"]
 
 
 def cache_dir() -> Path:
@@ -30,3 +30,9 @@ def recipes_dir() -> Path:
     package = Path(__file__).resolve().parent
     shipped = package / "_recipes"
     return shipped if shipped.is_dir() else package.parent / "recipes"
+
+
+def from_here(path: str | Path) -> str:
+    """``path`` as one would type it: relative to the current folder where it is inside that."""
+    place = Path(path).absolute()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(path)

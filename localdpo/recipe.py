@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from localdpo.catalogue import find_entry
 from localdpo.errors import InputError, Problem
 from localdpo.settings import Finding, Settings, conflict, to_yaml, validate
 from localdpo.yamlfile import KeyPath, parse_yaml, read_yaml
@@ -419,6 +420,7 @@ _SYNONYMS = {
     "bits": "quantize",
     "load_in_4bit": "quantize",
 }
+_SNAPSHOT = "recipe.yaml"
 _DATA_FILES = ("train", "eval", "retain", "probes")
 
 
@@ -440,6 +442,9 @@ def check_recipe(text: str, path: str | Path, *, check_files: bool = True) -> Re
 def _checked(settings: Settings, path: Path, overrides: Sequence[str], check_files: bool) -> Recipe:
     problems = settings.override(overrides)
     _resolve_paths(settings, path.absolute().parent)
+    if path.name == _SNAPSHOT and (path.parent / "run.json").is_file() and not settings.overridden(("output_dir",)):
+        # A run's own copy of its recipe: the run is where it is now, wherever it was started or moved from.
+        settings.values["output_dir"] = str(path.parent)
     settings.values.setdefault("output_dir", f"runs/{path.stem}")
     try:
         recipe = validate(Recipe, settings, _SYNONYMS)
@@ -472,11 +477,25 @@ def _resolve_paths(settings: Settings, folder: Path) -> None:
     if isinstance(lora, dict) and isinstance(lora.get("init_from"), str):
         lora["init_from"] = _absolute(lora["init_from"], settings, ("lora", "init_from"), folder)
     model = settings.values.get("model")
-    if isinstance(model, str) and (model in {".", ".."} or model.startswith(("/", "~", "./", "../"))):
-        settings.values["model"] = _absolute(model, settings, ("model",), folder)
+    if isinstance(model, str):
+        settings.values["model"] = _anchored_model(model.strip(), settings, folder)
     output = settings.values.get("output_dir")
     if isinstance(output, str):
         settings.values["output_dir"] = os.path.expanduser(output)
+
+
+def _anchored_model(model: str, settings: Settings, folder: Path) -> str:
+    """A folder's absolute path, whatever the current folder is later; a catalogue name or a Hub id as it is.
+
+    A folder named without ./ is looked for beside the recipe first, then in the current folder.
+    """
+    if model in {".", ".."} or model.startswith(("/", "~", "./", "../")):
+        return _absolute(model, settings, ("model",), folder)
+    entry = find_entry(model)
+    if entry is not None and entry.name == model:
+        return model
+    places = [Path.cwd()] if settings.overridden(("model",)) else [folder, Path.cwd()]
+    return next((str(place / model) for place in places if model and os.path.isdir(place / model)), model)
 
 
 def _absolute(value: str, settings: Settings, key: KeyPath, folder: Path) -> str:

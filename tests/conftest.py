@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from localdpo.paths import cache_dir
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 _USER_CACHE = cache_dir()
+SLOW_SECONDS = 3600
+
+
+def pytest_configure() -> None:
+    """Hear the signals that whoever started this ignores, as nohup and background jobs of scripts do.
+
+    Tests send them, and to children too, which inherit what is ignored but not what is handled. A hang-up still
+    leaves the suite running.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
         return
     for item in items:
         if "slow" in item.keywords:

@@ -21,6 +21,7 @@ from localdpo.train.events import (
     event_line,
     read_events,
 )
+from localdpo.train.run import RunFolder
 
 EVENTS = [
     StartEvent(run="runs/a", total_steps=9, steps_per_epoch=3, plan={"pairs": 12}),
@@ -109,6 +110,18 @@ def test_a_file_cut_back_and_grown_past_the_offset_is_read_anew(tmp_path):
     chunk = read_events(path, offset)
     assert chunk.restarted
     assert len(chunk.events) == 3
+
+
+def test_damaged_lines_at_the_start_of_a_piece_end_nothing(tmp_path, monkeypatch):
+    lines = [event_line(StepEvent(step=step)).encode() for step in range(1, 9)]
+    damaged = b"\xff" * (len(lines[0]) - 1) + b"\n"
+    monkeypatch.setattr("localdpo.train.run._PIECE", 2 * len(lines[0]))
+    for at in range(8):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_bytes(b"".join([*lines[:at], damaged, *lines[at + 1 :]]))
+        wanted = [step for step in range(1, 9) if step != at + 1]
+        assert [event.step for event in RunFolder(folder).every_event()] == wanted
 
 
 def test_missing_and_damaged_files_have_what_events_they_have(tmp_path):

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import tiny
 
+from localdpo.catalogue import CATALOGUE
 from localdpo.errors import EnvironmentFault, InputError
 from localdpo.evaluate.figures import TAUGHT, group_of, says
 from localdpo.export import gguf as target
 from localdpo.export.modelfile import OLLAMA, chat_pieces, modelfile
 from localdpo.export.source import find_source
 from localdpo.export.targets import Options, export
-from localdpo.model.catalogue import CATALOGUE
 from localdpo.model.gguf_convert import _undo_rope_interleave
 from localdpo.model.load import open_model
 from localdpo.model.lora import read_adapter

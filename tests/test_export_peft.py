@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import tiny
 
+from localdpo.catalogue import CATALOGUE, UPSTREAM
 from localdpo.errors import InputError
 from localdpo.export.names import SAME_NAMES
 from localdpo.export.source import find_source
 from localdpo.export.targets import Options, export
-from localdpo.model.catalogue import CATALOGUE, UPSTREAM
 from localdpo.model.load import load_model
 from localdpo.model.lora import load_adapter, lora_scale
 

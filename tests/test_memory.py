@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from localdpo.model.catalogue import CATALOGUE
+from localdpo.catalogue import CATALOGUE
 from localdpo.train.memory import MemoryEstimate, ModelShape, Workload, estimate_memory, estimate_step
 
 STARTER = ModelShape(30, 576, 9, 3, 64, 1536, 49152)

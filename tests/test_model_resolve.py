@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from localdpo.catalogue import CATALOGUE, find_entry, suggest_names
 from localdpo.errors import EnvironmentFault, InputError
-from localdpo.model.catalogue import CATALOGUE, find_entry, suggest_names
 from localdpo.model.resolve import cached_path, resolve_model
 
 
@@ -68,7 +68,7 @@ def test_a_folder_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for spec in ("mine", "./mine", str(tmp_path / "mine"), "~/mine", "../" + tmp_path.name + "/mine"):
         source = resolve_model(spec)
         assert source.path.resolve() == (tmp_path / "mine").resolve()
-        assert (source.kind, source.spec) == ("folder", spec)
+        assert (source.kind, source.spec) == ("folder", str(source.path)), "it is found again from anywhere"
         assert cached_path(spec) == source.path
 
 

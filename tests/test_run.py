@@ -110,6 +110,30 @@ def test_lock_of_a_killed_trainer_is_taken_over(recipe):
         assert run.current.attempt == 1
 
 
+@pytest.mark.parametrize("fault", [PermissionError(13, "denied"), OSError(95, "not supported")])
+def test_a_lock_that_says_nothing_is_no_trainer(recipe, monkeypatch, fault):
+    """That of another user, or on a file system without locks: then its process is looked for."""
+    with _start(recipe).run as run:
+        run.set_status(state="training")
+        folder = RunFolder(recipe.output_dir)
+
+        def refuse(*_):
+            raise fault
+
+        monkeypatch.setattr("localdpo.train.run.fcntl.flock", refuse)
+        assert folder.is_running(), "this process is its trainer, and alive"
+        status = json.loads(folder.status_file.read_text())
+        with _other_process("print('ready', flush=True)") as gone:
+            pass
+        gone.wait()
+        for change in ({"pid": gone.pid}, {"host": "another"}, {"state": "finished"}, {"pid": "x"}):
+            folder.status_file.write_text(json.dumps(status | change))
+            assert not folder.is_running(), change
+        monkeypatch.undo()
+        folder.status_file.write_text(json.dumps(status))
+        assert folder.is_running()
+
+
 def test_looking_neither_blocks_a_trainer_nor_writes(recipe):
     with _start(recipe).run:
         pass

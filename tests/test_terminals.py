@@ -113,6 +113,25 @@ def test_a_closed_window_saves_too(endless: Path):
     assert_saved(run)
 
 
+@pytest.mark.parametrize("ignored", [("SIGHUP",), ("SIGHUP", "SIGINT")], ids=["nohup", "background"])
+def test_what_was_told_to_ignore_a_hang_up_goes_on_after_it(endless: Path, ignored: tuple[str, ...]):
+    """As under nohup, or as a job in the background of a script, where a shell ignores Ctrl-C too."""
+    (endless / "long.yaml").write_text(RECIPE.replace("STEPS", "60"))
+    ignore = "".join(f"signal.signal(signal.{name}, signal.SIG_IGN);" for name in ignored)
+    start = f"import os, signal, sys; {ignore} os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", start, *LOCALDPO, "train", "long.yaml"]
+    with Terminal(command, endless, **environment_of(endless / "home")) as terminal:
+        run = await_steps(terminal, endless)
+        if "SIGINT" in ignored:
+            terminal.process.send_signal(signal.SIGINT)
+        terminal.process.send_signal(signal.SIGHUP)
+        terminal.hang_up()
+        assert terminal.process.wait(200) == 0
+    status = run.status()
+    assert status is not None
+    assert (status.state, status.step) == ("finished", 60)
+
+
 @pytest.mark.slow
 def test_ctrl_c_twice_leaves_at_once_and_the_last_checkpoint_is_whole(endless: Path):
     (endless / "long.yaml").write_text(RECIPE.replace("STEPS", "1000000, save_steps: 1"))

@@ -14,7 +14,7 @@ from localdpo.errors import InputError, Problem
 from localdpo.text import sanitise
 
 if TYPE_CHECKING:
-    from localdpo.model.catalogue import CatalogueEntry
+    from localdpo.catalogue import CatalogueEntry
 
 
 TOKENS_A_PAIR = 256
@@ -82,7 +82,7 @@ def run_row(run: Any) -> dict[str, Any]:
 
 def show_models(as_json: bool) -> None:
     """Print the catalogue."""
-    from localdpo.model.catalogue import CATALOGUE
+    from localdpo.catalogue import CATALOGUE
 
     rows = [model_row(entry.name) for entry in CATALOGUE]
     if as_json:
@@ -137,7 +137,7 @@ def get_model(name: str, as_json: bool) -> None:
 
 def model_row(spec: str) -> dict[str, Any]:
     """Return what `localdpo models info --json` says; what is not known is null."""
-    from localdpo.model.catalogue import find_entry
+    from localdpo.catalogue import find_entry
     from localdpo.model.resolve import cached_path
 
     entry, path = find_entry(spec), cached_path(spec)

@@ -10,6 +10,7 @@ from typing import Any
 
 from localdpo.console.terminal import duration_text
 from localdpo.evaluate.figures import TAUGHT, group_of
+from localdpo.paths import from_here
 from localdpo.text import sanitise
 from localdpo.train.events import EndEvent, SampleEvent
 
@@ -111,5 +112,5 @@ def end_lines(end: EndEvent) -> list[str]:
     lines.append(sanitise(f"{end.reason.replace('_', ' ')}{took}. {end.message}".strip()))
     if end.adapter:
         at = "" if end.adapter_step is None else f" (step {end.adapter_step})"
-        lines.append(f"adapter{at}: {sanitise(end.adapter)}")
+        lines.append(f"adapter{at}: {sanitise(from_here(end.adapter))}")
     return lines

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from localdpo.catalogue import STARTER_NAME
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.export.cards import gguf_card, ollama_model
 from localdpo.export.modelfile import modelfile, ollama_name
@@ -24,7 +25,7 @@ from localdpo.export.targets import Job, Written
 from localdpo.files import environment_faults, require_space
 from localdpo.model.load import OpenModel, load_tokenizer, open_model
 from localdpo.model.lora import StoredAdapter, read_adapter
-from localdpo.model.starter import GGUF_BYTES, STARTER_NAME, fetch_gguf
+from localdpo.model.starter import GGUF_BYTES, fetch_gguf
 
 ADAPTER_FILE, BASE_FILE = "adapter.gguf", "base.gguf"
 _MAGIC = b"GGUF"

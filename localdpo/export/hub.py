@@ -189,7 +189,7 @@ def _refusal(name: str, status: int) -> LocalDPOError:
 
 def _public_base(spec: str, is_folder: bool, asked: str | None) -> str:
     """What others call the base. Raises InputError for a folder of this machine that has no other name."""
-    from localdpo.model.catalogue import UPSTREAM, find_entry
+    from localdpo.catalogue import UPSTREAM, find_entry
 
     if asked:
         return asked
@@ -204,7 +204,7 @@ def _public_base(spec: str, is_folder: bool, asked: str | None) -> str:
 
 def _stage_peft(source: Source, folder: Path, base: str, say: Callable[[str], None]) -> bool:
     """Write PEFT's form; False where this model has none."""
-    from localdpo.model.catalogue import UPSTREAM, find_entry
+    from localdpo.catalogue import UPSTREAM, find_entry
 
     entry = find_entry(source.model)
     original = UPSTREAM[entry.name] if entry is not None else base

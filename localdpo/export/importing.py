@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from localdpo import __version__
+from localdpo.catalogue import UPSTREAM
 from localdpo.errors import InputError, Problem
 from localdpo.export.peft_reader import PEFT_WEIGHTS, read_peft
 from localdpo.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -30,7 +31,6 @@ from localdpo.files import (
     sha256_file,
     write_json,
 )
-from localdpo.model.catalogue import UPSTREAM
 from localdpo.model.load import OpenModel, open_model
 from localdpo.model.lora import LoraInfo, lora_scale, read_adapter, write_adapter
 from localdpo.model.safety import PICKLE_SUFFIXES, read_json

@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 from shlex import quote
 
+from localdpo.catalogue import find_entry
 from localdpo.export.cards import mlx_card
 from localdpo.export.folder import copy_base, folder_bytes, write_model
 from localdpo.export.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from localdpo.export.targets import Job, Written
 from localdpo.files import environment_faults, require_space
-from localdpo.model.catalogue import find_entry
 from localdpo.model.load import OpenModel, open_model
 from localdpo.model.lora import read_adapter
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from localdpo.catalogue import find_entry
 from localdpo.data.chat import ChatTokenizer
-from localdpo.model.catalogue import find_entry
 
 OLLAMA = {
     "smollm2-135m": "smollm2:135m",

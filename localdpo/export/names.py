@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from localdpo.catalogue import UPSTREAM, find_entry
 from localdpo.errors import InputError, Problem
-from localdpo.model.catalogue import UPSTREAM, find_entry
 from localdpo.model.load import OpenModel
 
 SAME_NAMES = frozenset(

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from localdpo.catalogue import STARTER_NAME, find_entry, suggest_names
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.files import require_space
-from localdpo.model.catalogue import find_entry, suggest_names
 from localdpo.model.safety import check_config, missing_shards, read_json
-from localdpo.model.starter import STARTER_NAME, ensure_starter, starter_cached, starter_folder
+from localdpo.model.starter import ensure_starter, starter_cached, starter_folder
 
 Notify = Callable[[str], None]
 
@@ -37,7 +37,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this machine. ``spec`` is what the user wrote, ``path`` the folder it led to."""
+    """A model on this machine, in the folder ``path``. ``spec`` names it again, wherever the user is then."""
 
     path: Path
     spec: str
@@ -100,7 +100,7 @@ def _local_source(spec: str) -> ModelSource:
         raise InputError(Problem(spec, "is a file", "A model is a folder with config.json and safetensors weights"))
     if not path.is_dir():
         raise InputError(Problem(spec, "there is no such folder", "Check the path; nothing is downloaded for a path"))
-    return ModelSource(path, spec, None, path.name, "unknown", "folder")
+    return ModelSource(path, str(path), None, path.name, "unknown", "folder")
 
 
 def _hub_name(spec: str) -> tuple[str, str | None]:

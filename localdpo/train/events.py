@@ -226,7 +226,10 @@ def read_events(path: Path, offset: int = 0, limit: int = -1) -> EventChunk:
         with path.open("rb") as file:
             if offset > file.seek(0, 2):
                 return read_events(path, 0, limit)._replace(restarted=True)
-            file.seek(offset)
+            file.seek(max(0, offset - 1))
+            if offset and file.read(1) != b"\n":
+                # Cut back and grown past our offset between two reads: we are in the middle of a line.
+                return read_events(path, 0, limit)._replace(restarted=True)
             data = file.read(limit)
             if limit > 0 and len(data) == limit and b"\n" not in data:
                 data += file.readline()
@@ -234,11 +237,8 @@ def read_events(path: Path, offset: int = 0, limit: int = -1) -> EventChunk:
         return EventChunk([], 0, offset > 0)
     lines = data[: data.rfind(b"\n") + 1].split(b"\n")[:-1]
     events = []
-    for number, line in enumerate(lines):
+    for line in lines:
         parsed = _parse(line)
-        if parsed is None and number == 0 and offset:
-            # Cut back and grown past our offset between two reads: we are in the middle of a line.
-            return read_events(path, 0, limit)._replace(restarted=True)
         event = event_from_json(parsed) if parsed else None
         if event is not None:
             events.append(event)

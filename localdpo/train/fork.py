@@ -38,7 +38,7 @@ class ForkPoint:
 
     def origin(self, moved: Path | None) -> Fork:
         """What run.json keeps of it; ``moved`` is where the earlier run was set aside to."""
-        return Fork(str(moved or self.run), self.step, self.changes)
+        return Fork(str((moved or self.run).absolute()), self.step, self.changes)
 
 
 def find_fork_point(recipe: Recipe, files: Mapping[str, DataFile]) -> ForkPoint:

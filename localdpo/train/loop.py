@@ -334,7 +334,7 @@ def finish(session: Session, reason: str, closing: Closing | None, control: Cont
         message=_MESSAGES[reason].format(
             step=state.step, total=state.total_steps, adapter=step, alarm=session.alarms.stopping
         ),
-        adapter=str(run.adapter),
+        adapter=str(run.adapter.absolute()),
         adapter_step=step,
         seconds=round(time.monotonic() - started, 1),
         resumable=stopped,

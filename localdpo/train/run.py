@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from filelock import FileLock, Timeout
 
 from localdpo.errors import EnvironmentFault, InputError, Problem
@@ -123,10 +124,16 @@ class RunFolder:
             with self.lock_file.open("rb") as file:
                 # Shared and read-only: looking must neither write nor keep another viewer from looking.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
         except FileNotFoundError:
             return False
         except OSError:
-            return True
+            # The lock is another user's, or this file system has none: whether its process lives must do.
+            status = _read_object(self.status_file)
+            pid, here = status.get("pid"), status.get("host") == socket.gethostname()
+            active = status.get("state") in ACTIVE_STATES
+            return active and here and isinstance(pid, int) and pid > 0 and psutil.pid_exists(pid)
         return False
 
     def status(self) -> Status | None:

@@ -184,7 +184,7 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
     restored, notes = _restore(setup, run) if resume else (None, [])
     yield StartEvent(
         step=restored.state.step if restored else 0,
-        run=str(run.path),
+        run=str(run.path.absolute()),
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         resumed=resume,

@@ -129,6 +129,7 @@ def open_new(
     Raises InputError for a folder that is not a run's, EnvironmentFault for a full or read-only disk or a live trainer.
     """
     path = Path(recipe.output_dir)
+    kept = recipe.model_copy(update={"output_dir": path.absolute()})
     require_space(path, _SPARE_BYTES + sum(file.path.stat().st_size for file in files.values()))
     with environment_faults(path):
         _refuse_foreign(path)
@@ -140,7 +141,7 @@ def open_new(
             if start is not None:
                 os.rename(start, path / "start")
             fork = origin(moved) if origin is not None else None
-            _write_info(path, recipe, files, fork)
+            _write_info(path, kept, files, fork)
             run = ActiveRun(path, lock)
         except BaseException:
             lock.release()
@@ -148,7 +149,7 @@ def open_new(
     try:
         run.set_status(state="starting")
         _copy_files(run, files)
-        atomic_write(run.recipe_file, dump_recipe(recipe))
+        atomic_write(run.recipe_file, dump_recipe(kept))
     except BaseException as error:
         run.__exit__(type(error), error, None)
         raise
@@ -178,10 +179,11 @@ def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
         before = folder.status()
         if before is not None and before.state == "finished":
             _refuse_finished(before, info, recipe)
+        kept = recipe.model_copy(update={"output_dir": folder.path.absolute()})
         with environment_faults(folder.path):
             folder.control_file.unlink(missing_ok=True)
-            write_json(folder.info_file, {**info, "recipe": recipe.model_dump(mode="json")})
-            atomic_write(folder.recipe_file, dump_recipe(recipe))
+            write_json(folder.info_file, {**info, "recipe": kept.model_dump(mode="json")})
+            atomic_write(folder.recipe_file, dump_recipe(kept))
             return Opened(ActiveRun(folder.path, lock, before or Status()))
     except BaseException:
         lock.release()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from localdpo.model.starter import STARTER_NAME
+STARTER_NAME = "smollm2-135m"
+"""The model that comes as a Python package."""
 
 
 @dataclass(frozen=True, slots=True)
