@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from localdpo.catalogue import find_entry
 from localdpo.data.fields import Message
 from localdpo.data.provenance import AnswerOrigin
 from localdpo.errors import EnvironmentFault, InputError, Problem
-from localdpo.catalogue import find_entry
 from localdpo.serve.protocol import Delta, Ended, Loaded
 from localdpo.train.run import RunFolder, find_runs
 from localdpo_tui.services.candidates import Finished, Piece
