@@ -217,6 +217,7 @@ class ChatFormat:
             if text is None:
                 text, appended = self._appended(prompt, answer), True
             completions.append(self._completion_ids(prompt, prompt_ids, text))
+        require_embedded(self._tokenizer, prompt_ids, *completions)
         return Conversation(prompt_ids, completions, tuple(sorted(found)), folded, appended)
 
     def _continuation(self, prompt: str, full: str) -> str | None:
@@ -239,7 +240,10 @@ class ChatFormat:
         if whole[: len(prompt_ids)] != prompt_ids:
             ids = self._ids(text)
             if self._tokenizer.decode(prompt_ids + ids) != self._tokenizer.decode(whole):
-                raise Refusal("the tokenizer merges the end of the prompt with the start of the answer")
+                raise Refusal(
+                    "the tokenizer merges the end of the prompt with the start of the answer; in the model's "
+                    "chat_template.jinja, end the generation prompt in a line break or a token of its own"
+                )
         if not ids or ids[-1] != self.end_of_turn or self.end_of_turn in ids[:-1]:
             raise Refusal("its answer does not end in exactly one end-of-turn token")
         return ids
@@ -307,6 +311,25 @@ class ChatFormat:
                 ids.append(self._control[match.group()])
                 position = match.end()
         return ids
+
+
+def require_embedded(tokenizer: ChatTokenizer, *parts: Sequence[int]) -> None:
+    """Raise `InputError` for an id that the model has no embedding of: MLX would read what lies behind it.
+
+    `tokenizer.embedding_rows`, where a model was loaded with it, says how many there are.
+    """
+    rows = getattr(tokenizer, "embedding_rows", None)
+    highest = max(max(part, default=0) for part in parts)
+    if rows is None or highest < rows:
+        return
+    token = tokenizer.decode([highest])
+    raise InputError(
+        Problem(
+            "the model",
+            f"its tokenizer writes {token!r} as id {highest:,}, and its embedding has {rows:,} rows",
+            "Take tokenizer and weights from the same version of the model",
+        )
+    )
 
 
 def _is_control(token: str) -> bool:

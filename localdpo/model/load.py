@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +19,25 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import psutil
+from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from localdpo.data.encode import check_template
 from localdpo.errors import EnvironmentFault, InputError, Problem
-from localdpo.files import write_json
+from localdpo.files import atomic_write, write_json
 from localdpo.model.blas import enable_fast_blas
 from localdpo.model.device import keep_no_freed_buffers, on_cpu, prepare_device
 from localdpo.model.frozen import compute_in_float32
 from localdpo.model.resolve import ModelSource, Notify, resolve_model
-from localdpo.model.safety import ModelFiles, TensorEntry, check_model_folder
+from localdpo.model.safety import (
+    ModelFiles,
+    TensorEntry,
+    check_model_folder,
+    foreign_quantisation,
+    foreign_quantisation_problem,
+    read_json,
+)
 from localdpo.paths import cache_dir
 
 Memory = Literal["auto", "fast", "lean"]
@@ -87,13 +96,17 @@ def load_model(
     if quantize is not None:
         config = _quantise(model, config, quantize, str(source.path))
     parameters = int(mlx_lm_utils.get_total_parameters(model))
+    own_fingerprint = fingerprint(files, added_bits)
+    _require_finite(model, files, own_fingerprint)
     used = _place(model, parameters, memory, dtype)
+    tokenizer = load_tokenizer(files)
+    tokenizer.embedding_rows = _embedding_rows(config)
     return LoadedModel(
         model=model,
-        tokenizer=load_tokenizer(files),
+        tokenizer=tokenizer,
         config=config,
         path=source.path,
-        fingerprint=fingerprint(files, added_bits),
+        fingerprint=own_fingerprint,
         num_parameters=parameters,
         device="cpu" if on_cpu() else "gpu",
         source=source,
@@ -145,7 +158,9 @@ def load_tokenizer(files: ModelFiles) -> TokenizerWrapper:
     try:
         config = mlx_lm_utils.load_config(files.path)
         tokenizer: TokenizerWrapper = mlx_lm_utils.load_tokenizer(
-            files.path, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+            files.path,
+            {"trust_remote_code": False, **_template_of_old(files)},
+            eos_token_ids=config.get("eos_token_id"),
         )
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
@@ -156,6 +171,16 @@ def load_tokenizer(files: ModelFiles) -> TokenizerWrapper:
         if isinstance(text, str):
             check_template(text, where)
     return tokenizer
+
+
+def _template_of_old(files: ModelFiles) -> dict[str, str]:
+    """The template in chat_template.json, where nothing newer holds one: transformers passes over that file."""
+    named = {path.name: path for path in files.tokenizer_files}
+    settings = read_json(named["tokenizer_config.json"]) if "tokenizer_config.json" in named else {}
+    if "chat_template.json" not in named or "chat_template.jinja" in named or settings.get("chat_template"):
+        return {}
+    template = read_json(named["chat_template.json"]).get("chat_template")
+    return {"chat_template": template} if isinstance(template, str) else {}
 
 
 def choose_memory(parameters: int, memory: Memory) -> Literal["fast", "lean"]:
@@ -189,6 +214,9 @@ def _build(files: ModelFiles) -> tuple[nn.Module, dict[str, Any]]:
         raise
     except Exception as error:  # every model of mlx-lm reads the config in its own way, and fails in its own way
         model_type = files.config.get("model_type")
+        method = foreign_quantisation(files.config)
+        if method is not None:
+            raise InputError(foreign_quantisation_problem(method, str(files.path), _line(error))) from error
         raise InputError(
             Problem(
                 str(files.path),
@@ -198,6 +226,41 @@ def _build(files: ModelFiles) -> tuple[nn.Module, dict[str, Any]]:
         ) from error
     model.freeze()
     return model, config
+
+
+def _require_finite(model: nn.Module, files: ModelFiles, key: str) -> None:
+    """Raise InputError for weights, scales or biases that are infinite or NaN; asked once for each base."""
+    sound = cache_dir() / "digests" / f"finite-{key[:32]}"
+    if sound.exists():
+        return
+    flat: Any = tree_flatten(model.parameters())
+    bad = [name for name, value in flat if _holds_floats(value) and not mx.all(mx.isfinite(value)).item()]
+    if bad:
+        stored = {name: path for path, entries in files.tensors.items() for name in entries}
+        fix = "The file is damaged: download or copy it again, or take another version of the model"
+        raise InputError(
+            *(
+                Problem(str(stored.get(name, files.path)), f"{name} holds values that are not finite", fix)
+                for name in bad[:10]
+            )
+        )
+    with suppress(OSError, EnvironmentFault):  # a cache that cannot be written only costs time
+        sound.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(sound, "")
+
+
+def _holds_floats(value: mx.array) -> bool:
+    return bool(mx.issubdtype(value.dtype, mx.floating))
+
+
+def _embedding_rows(config: dict[str, Any]) -> int | None:
+    """How many ids the model has an embedding of, which the weights are held to when they are loaded."""
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        rows = part.get("vocab_size")
+        if isinstance(rows, int):
+            return rows
+    return None
 
 
 def _line(error: BaseException) -> str:

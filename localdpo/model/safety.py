@@ -30,6 +30,8 @@ _SIZES = (
     "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 WEIGHT_PATTERN = "model*.safetensors"
+READ_QUANTISATIONS = frozenset({"awq", "bitnet", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8"})
+"""Methods of other libraries that mlx-lm 0.32 reads, some of them in some forms only."""
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]+")
@@ -118,7 +120,32 @@ def check_config(config: dict[str, Any], where: str) -> list[Problem]:
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= MAX_LAYERS:
         problems.append(Problem(where, f"'num_hidden_layers' is {_short(layers)}, not within 1 to {MAX_LAYERS}"))
     problems += [Problem(where, text) for text in _size_problems(config)]
-    return problems
+    return [*problems, *_quantisation_problems(config, where)]
+
+
+def foreign_quantisation(config: dict[str, Any]) -> str | None:
+    """The method by which another library than MLX quantised the weights; None when none says so."""
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        settings = part.get("quantization_config")
+        if isinstance(settings, dict) and "quantization" not in config:
+            return _short(settings.get("quant_method")).strip("'\"")
+    return None
+
+
+def foreign_quantisation_problem(method: str, where: str, reason: str = "") -> Problem:
+    """What to say of weights in such a form that cannot be read."""
+    return Problem(
+        where,
+        f"its weights are quantised with {method}, which MLX cannot read{f' ({reason})' if reason else ''}",
+        "Take the original model, or a version of it for MLX, for example from mlx-community",
+    )
+
+
+def _quantisation_problems(config: dict[str, Any], where: str) -> Iterator[Problem]:
+    method = foreign_quantisation(config)
+    if method is not None and method not in READ_QUANTISATIONS:
+        yield foreign_quantisation_problem(method, where)
 
 
 def _size_problems(config: dict[str, Any]) -> Iterator[str]:

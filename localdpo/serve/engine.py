@@ -32,6 +32,7 @@ from typing import Any, Literal, TypeVar, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from localdpo.data.chat import require_embedded
 from localdpo.data.encode import encode_prompt
 from localdpo.data.pairs import Message
 from localdpo.errors import InputError, Problem
@@ -336,6 +337,7 @@ def _encode_text(loaded: LoadedModel, text: str) -> list[int]:
     """As mlx-lm does: with the tokens that start a text, unless it starts with them already."""
     bos = loaded.tokenizer.bos_token
     ids = loaded.tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+    require_embedded(loaded.tokenizer, ids)
     if not ids:
         raise InputError(Problem("the prompt", "it is empty"))
     return [int(token) for token in ids]

@@ -21,7 +21,7 @@ from localdpo.data.order import Position, RowOrder
 from localdpo.data.pairs import PromptRow, pair_to_json, read_pairs
 from localdpo.data.shelf import Shelf
 from localdpo.dpo.scorer import make_scorer
-from localdpo.errors import Problem
+from localdpo.errors import InputError, Problem
 from localdpo.files import atomic_write, require_space
 from localdpo.methods.base import Method, method_of
 from localdpo.model.load import LoadedModel, load_model
@@ -203,6 +203,7 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
         scored = train.copy()
         scored.extend(setup.held_out)
         both = yield from staged("reference", cache.fill(judge, scored))
+        _require_finite_reference(both, scored)
         reference = RowValues.of(both, scored)
         held_out_reference = both[reference.starts[len(train)] :]
     order = RowOrder(len(train), rows_per_step(recipe.train), seed=recipe.seed, strata=[pair.kind for pair in train])
@@ -223,6 +224,22 @@ def begin(setup: Setup, run: ActiveRun, *, resume: bool) -> Stage[Session]:
     if restored is not None:
         _go_on(session, restored)
     return session
+
+
+def _require_finite_reference(logps: np.ndarray, rows: Sequence[EncodedRow]) -> None:
+    """Raise InputError where the model cannot score a row before anything is trained."""
+    if np.isfinite(logps).all():
+        return
+    values = RowValues.of(logps, rows)
+    bad = [row for number, row in enumerate(rows) if not np.isfinite(values.take([number])).all()]
+    named = ", ".join(f"{row.source}:{row.line}" for row in bad[:3]) + (" …" if len(bad) > 3 else "")
+    raise InputError(
+        Problem(
+            "the model",
+            f"gives no finite log-prob for {len(bad):,} of {len(rows):,} rows before training ({named})",
+            "Its weights do not fit its configuration, or overflow: take another version of the model",
+        )
+    )
 
 
 def _first_state(recipe: Recipe, order: RowOrder) -> TrainState:
