@@ -63,7 +63,7 @@ def test_a_row_is_marked_with_what_stands_in_it(code: str, text: str):
 @pytest.mark.parametrize(
     "text",
     [
-        "Tabs\tand\r\nlines are text",
+        "Tabs\tand\nlines are text",
         "emoji 👩‍👩‍👧 and नमस्ते",
         "a < b | c > d, <b>bold</b>, <p>",
         "f(x) = {x: 1}[x] and ${HOME}",
@@ -367,7 +367,9 @@ def test_the_worst_comes_first_and_decides_the_exit_code():
     assert [exit_code(findings[:n]) for n in range(3)] == [0, 0, 2]
     assert exit_code(findings[2:]) == 1
     assert all(kind.title and kind.fix for kind in KINDS.values())
-    assert {kind for kind, known in KINDS.items() if known.fixable} == {"blank", "identical", "escapes", "duplicate"}
+    assert {kind for kind, known in KINDS.items() if known.fixable} == {
+        "blank", "identical", "escapes", "duplicate", "carriage_returns", "prompt_repeated",
+    }  # fmt: skip
 
 
 def test_estimates_are_near_a_real_tokenizers():

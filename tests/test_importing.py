@@ -129,10 +129,8 @@ def test_containers(tmp_path: Path, container: str) -> None:
     (tmp_path / "in").write_bytes(data)
     pairs, report = imported(tmp_path / "in")
     assert len(pairs) == report.written == report.rows == len(rows)
-    if container == "json-pretty":
-        # the second object begins on the line after the first one's end
-        second = next(n for n, line in enumerate(data.decode().split("\n"), 1) if line == "  {" and n > 3)
-        assert pairs[1].extra["provenance"]["line"] == second
+    if container != "bom":  # rows of a list are counted, whatever lines they stand on
+        assert [pair.extra["provenance"]["line"] for pair in pairs] == list(range(1, len(rows) + 1))
 
 
 def test_a_json_list_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
@@ -319,7 +317,7 @@ def test_csv_rows_that_are_broken_are_counted_with_their_lines(tmp_path: Path) -
         (b"", "the file is empty"),
         (b"PK\x03\x04rest", "zip"),
         (b"\x1f\x8bnot gzip", "damaged gzip"),
-        (b'{"prompt": "a",\n "chosen": 1}\n', "0 rows can be read"),
+        (b'{"prompt": "a" "chosen": 1}\n', "0 rows can be read"),
         (b"[" * 100_000, "nested too deep|is not JSON"),
         (b'[{"prompt": "a", "chosen": "b", "rejected": "c"}] x', "goes on after the end"),
         (b'[{"prompt": "\xff"}]', "byte offset 13"),

@@ -208,9 +208,9 @@ def test_text_is_kept_byte_for_byte(file: Path):
         (b"{'prompt': 1}\n", "f:1: is not JSON: Expecting property name"),
         (
             b"[\n" + row().encode() + b"\n]\n",
-            "f:1: is not JSON: Expecting value at character 2. One object a line",
+            "f: is a JSON list, and JSON Lines is read here. `localdpo pairs import f ",
         ),
-        (b"[1]\n", "f:1: is a JSON list, not an object with keys."),
+        (row().encode() + b"\n[1]\n", "f:2: is a JSON list, not an object with keys."),
         (b"null\n", "f:1: is a JSON null, not an object"),
         (row().encode() + b" x\n", "f:1: is not JSON: Extra data"),
         (

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 from localdpo.data.flat import original_cell, row_of
 from localdpo.data.importers.columns import parse_mapping
-from localdpo.data.importers.family import RowRefused
 from localdpo.data.importers.guess import FAMILIES, Chosen, choose_family
 from localdpo.data.importers.prompts import PROMPTS, prompt_of
 from localdpo.data.importers.source import Container, Source, open_source, sniff
@@ -26,6 +25,7 @@ from localdpo.data.leftout import LeftOut
 from localdpo.data.output import open_output
 from localdpo.data.pairs import PreferencePair, Skipped, pair_to_json, parse_pair
 from localdpo.data.provenance import now, with_provenance
+from localdpo.data.rowform import RowRefused, plain_row, with_line_ends
 from localdpo.errors import InputError, Problem
 
 __all__ = ["ImportOptions", "ImportReport", "Inspection", "format_names", "import_pairs", "inspect_file", "iter_pairs"]
@@ -63,7 +63,10 @@ class Inspection:
 
     def sentence(self) -> str:
         """The same in words."""
-        names = {"jsonl": "JSON Lines", "json": "a JSON list", "csv": "CSV", "parquet": "Parquet"}
+        names = {
+            "jsonl": "JSON Lines", "json": "a JSON list", "objects": "JSON over several lines", "csv": "CSV",
+            "parquet": "Parquet",
+        }  # fmt: skip
         how = f" (guessed from the first {SAMPLE_ROWS} rows)" if self.guessed else ""
         text = f"{self.name}: {names[self.container]}, {self.title}{how}"
         if self.columns:
@@ -103,6 +106,10 @@ class ImportReport:
         }  # fmt: skip
 
 
+_PLACES = {"jsonl": "line", "csv": "line"}
+"""What a row is found by; in other containers rows do not stand on lines of their own."""
+
+
 def inspect_file(path: str | Path, options: ImportOptions | None = None) -> Inspection:
     """Tell what a file is without importing it. Raises InputError when it cannot be read or is of no known format."""
     with open_source(path) as source:
@@ -112,7 +119,7 @@ def inspect_file(path: str | Path, options: ImportOptions | None = None) -> Insp
 def _inspect(source: Source, options: ImportOptions) -> tuple[Inspection, Chosen]:
     container = sniff(source)
     reader, broken = _Reader(source, container, options), LeftOut()
-    rows = [row.value for row in itertools.islice(reader.rows(broken.add), SAMPLE_ROWS)]
+    rows = [_in_plain_form(row.value) for row in itertools.islice(reader.rows(broken.add), SAMPLE_ROWS)]
     if not rows:
         reasons = [Problem("", sentence) for sentence in broken.sentences()[:5]]
         raise InputError(Problem(source.name, "0 rows can be read"), *reasons)
@@ -121,6 +128,14 @@ def _inspect(source: Source, options: ImportOptions) -> tuple[Inspection, Chosen
     family = chosen.family
     found = Inspection(source.name, container, family.name, family.title, chosen.guessed, dict(chosen.columns))
     return found, chosen
+
+
+def _in_plain_form(row: dict[str, Any]) -> dict[str, Any]:
+    """For guessing what the rows are: one that will be left out tells that too."""
+    try:
+        return plain_row(row)
+    except RowRefused:
+        return row
 
 
 def import_pairs(
@@ -140,7 +155,7 @@ def import_pairs(
     options = options or ImportOptions()
     with open_source(path) as source:
         inspection, chosen = _inspect(source, options)
-        report = ImportReport(inspection)
+        report = ImportReport(inspection, left_out=LeftOut(place=_PLACES.get(inspection.container, "row")))
         refused = nullcontext(None) if rejects is None else open_output(rejects, force)
         with refused as bin_, open_output(out, force) as file:
             work = _Import(source, inspection, chosen, options, report, bin_)
@@ -184,7 +199,7 @@ class _Reader:
     def rows(self, broken: Callable[[int, str], None], progress: Progress | None = None) -> Iterator[Row]:
         if self.container == "jsonl":
             return self._json_lines(broken, progress)
-        if self.container == "json":
+        if self.container in ("json", "objects"):
             return read_json_list(self.source, broken, progress)
         if self.container == "csv":
             table = read_csv(self.source, broken, progress, self.options.encoding)
@@ -284,7 +299,7 @@ class _Import:
     def _pair(self, row: Row) -> PreferencePair | None:
         original = dict(row.value)
         try:
-            converted = self._convert(dict(row.value))
+            converted = with_line_ends(self._convert(plain_row(row.value)))
         except RowRefused as refusal:
             self._leave_out(row.line, str(refusal), original)
             return None
@@ -311,7 +326,7 @@ class _Import:
     def _prompts(self, progress: Progress | None) -> Iterator[dict[str, Any]]:
         for row in self._read(progress):
             try:
-                found = prompt_of(dict(row.value))
+                found = with_line_ends(prompt_of(plain_row(row.value)))
             except RowRefused as reason:
                 self._leave_out(row.line, str(reason), row.value)
                 continue

@@ -31,9 +31,10 @@ class Reason:
 
 @dataclass(slots=True)
 class LeftOut:
-    """The rows left out so far. `what` names them in the plural's singular: row, prompt, answer."""
+    """The rows left out so far. `what` names one of them: row, prompt, answer; `place` what it is found by."""
 
     what: str = "row"
+    place: str = "line"
     total: int = 0
     reasons: dict[str, Reason] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class LeftOut:
 
     def _sentence(self, reason: Reason) -> str:
         lines = list(dict.fromkeys(reason.lines))
-        where = f" ({_listed(lines, reason.count)})" if lines else ""
+        where = f" ({_listed(lines, reason.count, self.place)})" if lines else ""
         number = f"{reason.count:,} {self.what}{'' if reason.count == 1 else 's'}"
         return sanitise(f"{number}: {reason.text}{where}")
 
@@ -65,7 +66,7 @@ class LeftOut:
         return [{"reason": reason.text, "count": reason.count, "lines": reason.lines} for reason in found]
 
 
-def _listed(lines: list[int], count: int) -> str:
+def _listed(lines: list[int], count: int, place: str) -> str:
     if count <= len(lines):
-        return listed(lines)
-    return f"lines {', '.join(map(str, lines[:10]))} and more" if len(lines) > 1 else f"line {lines[0]}"
+        return listed(lines, place=place)
+    return f"{place}s {', '.join(map(str, lines[:10]))} and more" if len(lines) > 1 else f"{place} {lines[0]}"

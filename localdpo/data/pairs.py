@@ -11,13 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
+import shlex
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from localdpo.data.fields import Kind, Message, RowFields, blank_prompt
+from localdpo.data.importers.source import require_json_lines
 from localdpo.data.jsonl import ProblemLog, Progress, Row, read_rows
+from localdpo.data.rowform import RowRefused, implicit_prompt, plain_row
 from localdpo.data.shelf import Shelf
 from localdpo.errors import InputError, Problem, first_problems
 
@@ -29,6 +33,7 @@ __all__ = [
     "PromptRow",
     "Skipped",
     "collect_pairs",
+    "has_carriage_return",
     "listed",
     "pair_shelf",
     "pair_to_json",
@@ -109,12 +114,12 @@ class _Skip(Exception):
         self.code = code
 
 
-def listed(lines: Sequence[int], limit: int = 10) -> str:
+def listed(lines: Sequence[int], limit: int = 10, place: str = "line") -> str:
     """Return line numbers for a message: `lines 3, 5 and 9`, at most `limit` of them."""
     shown = [str(line) for line in lines[:limit]]
     if len(lines) > limit:
-        return f"lines {', '.join(shown)} and {len(lines) - limit:,} more"
-    return f"line {shown[0]}" if len(shown) == 1 else f"lines {', '.join(shown[:-1])} and {shown[-1]}"
+        return f"{place}s {', '.join(shown)} and {len(lines) - limit:,} more"
+    return f"{place} {shown[0]}" if len(shown) == 1 else f"{place}s {', '.join(shown[:-1])} and {shown[-1]}"
 
 
 def prompt_key(messages: Iterable[Message]) -> bytes:
@@ -142,10 +147,11 @@ def collect_pairs(
 
     Raises as it does, by then having called `keep` for the pairs that are right.
     """
+    require_json_lines(path)
     log = ProblemLog()
     kept = 0
     skipped: list[Skipped] = []
-    repeats = _Repeats(str(path))
+    repeats, returns = _Repeats(str(path)), array("q")
     for row in scan_pairs(path, log, progress):
         if isinstance(row, Skipped):
             skipped.append(row)
@@ -153,10 +159,12 @@ def collect_pairs(
             keep(row)
             kept += 1
             repeats.add(row)
+            if has_carriage_return(row):
+                returns.append(row.line)
     log.raise_if_any()
     if not kept:
         raise _nothing_left(str(path), skipped, "pairs")
-    return skipped, repeats.warnings()
+    return skipped, [*repeats.warnings(), *_returns_warning(str(path), returns)]
 
 
 def pair_shelf() -> Shelf[PreferencePair]:
@@ -176,8 +184,8 @@ def parse_pair(row: Row, source: str, log: ProblemLog) -> PreferencePair | Skipp
     """
     before = log.total
     try:
-        pair = _pair(RowFields(row, source, log))
-    except _Skip as skip:
+        pair = _pair(RowFields(Row(row.line, plain_row(row.value)), source, log))
+    except (RowRefused, _Skip) as skip:
         return Skipped(source, row.line, str(skip), skip.code)
     return pair if log.total == before else None
 
@@ -200,6 +208,7 @@ def read_prompts(path: str | Path, progress: Progress | None = None) -> list[Pro
 
     Raises `InputError` for broken rows, the first ten named and the rest counted, and when there is no row.
     """
+    require_json_lines(path)
     log = ProblemLog()
     prompts = []
     for row in read_rows(path, log, progress):
@@ -242,7 +251,11 @@ def take_pair(row: Row, source: str, log: ProblemLog) -> tuple[PreferencePair | 
     There is no pair when the row's problems are in `log`. The row's own object is taken apart.
     """
     before = log.total
-    pair = _taken(RowFields(row, source, log))
+    try:
+        pair = _taken(RowFields(Row(row.line, plain_row(row.value)), source, log))
+    except RowRefused as refusal:
+        log.add(f"{source}:{row.line}", str(refusal))
+        return None, None
     if pair is None or log.total > before:
         return None, None
     try:
@@ -255,6 +268,7 @@ def take_pair(row: Row, source: str, log: ProblemLog) -> tuple[PreferencePair | 
 def _taken(fields: RowFields) -> PreferencePair | None:
     if not fields.require("chosen", "rejected"):
         return None
+    _tell_prompt(fields.values)
     if isinstance(fields.values["chosen"], str) and not fields.require("prompt"):
         return None
     before = fields.log.total
@@ -272,6 +286,15 @@ def _taken(fields: RowFields) -> PreferencePair | None:
     return PreferencePair(
         turns, good, bad, identity, tags, weight, kind, tools, dict(fields.values), line=line, source=source
     )
+
+
+def _tell_prompt(values: dict[str, Any]) -> None:
+    """TRL's implicit prompt: of two whole texts, what both begin with."""
+    texts = values.get("chosen"), values.get("rejected")
+    if values.get("prompt") is None and isinstance(texts[0], str) and isinstance(texts[1], str):
+        parts = implicit_prompt(texts[0], texts[1])
+        if parts is not None:
+            values |= dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
 
 
 def _split(
@@ -372,6 +395,18 @@ class _Repeats:
             for lines, what, fix in kinds
             if lines
         ]
+
+
+def has_carriage_return(pair: PreferencePair) -> bool:
+    """Whether a text holds a line end other than \\n, which a tool or a terminal wrote and nobody typed."""
+    return any("\r" in text for text in (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.prompt)))
+
+
+def _returns_warning(name: str, lines: Sequence[int]) -> list[Problem]:
+    if not lines:
+        return []
+    message = f"carriage returns stand in the texts of {len(lines):,} rows ({listed(lines)}), and would be learned"
+    return [Problem(name, message, f"`localdpo pairs check {shlex.quote(name)} --fix` makes them line breaks")]
 
 
 def _digest(text: str) -> bytes:

@@ -56,6 +56,17 @@ KINDS: dict[str, FindingKind] = {
     "same_words": FindingKind(
         _INFO, "same words", "If case and punctuation are not what you teach, write another rejected answer"
     ),
+    "media": FindingKind(_WARNING, "not text", "Leave it out: training skips what no text tells"),
+    "no_preference": FindingKind(_WARNING, "no preference", "Say which answer is better, or delete the row"),
+    "serialised": FindingKind(
+        _WARNING, "structure in a text", "Export it again with messages as lists: this text cannot be read as one"
+    ),
+    "carriage_returns": FindingKind(
+        _WARNING, "carriage returns", "Make them line breaks: the model would learn to write them", fixable=True
+    ),
+    "prompt_repeated": FindingKind(
+        _WARNING, "prompt in answers", "Take it out: both answers would learn to repeat the question", fixable=True
+    ),
     "weight_zero": FindingKind(_INFO, "weight 0", "Training skips it: give it a weight, or delete it"),
     "escapes": FindingKind(
         _WARNING, "control characters", "Remove them: the model would learn to write them", fixable=True

@@ -11,13 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from localdpo.data.check.findings import Finding
-from localdpo.data.check.rows import strip_escapes
-from localdpo.data.jsonl import MAX_LINE_BYTES, parse_object
+from localdpo.data.check.rows import repeats_prompt, strip_escapes, without_prompt
+from localdpo.data.jsonl import MAX_LINE_BYTES, ProblemLog, Row, parse_object
+from localdpo.data.pairs import take_pair
+from localdpo.data.rowform import with_line_ends
+from localdpo.data.rows import read_row, write_row
 from localdpo.data.rowtext import set_values
 from localdpo.data.store import pair_file_lock
 from localdpo.errors import EnvironmentFault, InputError, Problem
@@ -32,9 +35,10 @@ _BOM = "\ufeff"
 
 @dataclass(slots=True)
 class Fixed:
-    """What was done: lines deleted by kind, lines cleaned of escapes, repeats kept because more than the texts differs.
+    """What was done: lines deleted by kind, lines mended, and repeats kept because more than the texts differs.
 
-    `backup` is None when there was nothing to do.
+    A line is mended of escapes, of carriage returns and of a prompt in its answers. `backup` is None when there was
+    nothing to do.
     """
 
     deleted: dict[str, list[int]] = field(default_factory=dict)
@@ -102,6 +106,7 @@ class _Plan:
 
     delete: dict[int, str]
     clean: set[int]
+    shorten: set[int]
     repeats: dict[int, int]
     rows_left: int = 0
     _rest: dict[int, bytes] = field(default_factory=dict)
@@ -113,7 +118,8 @@ class _Plan:
         groups = [group for f in findings if f.kind == "duplicate" for group in f.details["groups"]]
         return cls(
             {row: kind for kind, lines in rows.items() for row in lines},
-            {row for f in findings if f.kind == "escapes" for row in f.rows},
+            {row for f in findings if f.kind in ("escapes", "carriage_returns") for row in f.rows},
+            {row for f in findings if f.kind == "prompt_repeated" for row in f.rows},
             {row: group[0] for group in groups for row in group[1:]},
         )
 
@@ -140,7 +146,7 @@ class _Plan:
             if number in firsts:
                 self._rest[number] = _rest_of(piece)
             if not self._goes(number, piece):
-                yield number, self._cleaned(number, piece) if number in self.clean else piece
+                yield number, self._mended(number, piece)
 
     def _goes(self, number: int, line: bytes) -> bool:
         kind = self.delete.get(number)
@@ -154,8 +160,9 @@ class _Plan:
             self._done.deleted.setdefault(kind, []).append(number)
         return kind is not None
 
-    def _cleaned(self, number: int, line: bytes) -> bytes:
-        new = _without_escapes(line)
+    def _mended(self, number: int, line: bytes) -> bytes:
+        new = _without_escapes(line) if number in self.clean else line
+        new = _without_prompt(new) if number in self.shorten else new
         if new != line:
             self._done.cleaned.append(number)
         return new
@@ -180,9 +187,22 @@ def _without_escapes(line: bytes) -> bytes:
     return (head + new).encode("utf-8") if parse_object(new) == {**row, **changes} else line
 
 
+def _without_prompt(line: bytes) -> bytes:
+    """The line with the prompt taken out of both answers; what stands around them stays."""
+    body = line.rstrip(b"\r\n")
+    head = _BOM.encode() if body.startswith(_BOM.encode()) else b""
+    row = parse_object(body[len(head) :].decode("utf-8"))
+    pair, _ = take_pair(Row(0, row), "", ProblemLog())
+    if pair is None or not repeats_prompt(pair):
+        return line
+    chosen, rejected = without_prompt(pair)
+    draft = replace(read_row(body[len(head) :]).draft(), chosen=chosen, rejected=rejected)
+    return head + write_row(body[len(head) :], draft) + line[len(body) :]
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
-        return strip_escapes(value)
+        return with_line_ends(strip_escapes(value))
     if isinstance(value, Mapping):
         return {key: _clean(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -106,6 +106,9 @@ def _broken(scan: Scan) -> Iterator[Finding]:
 _ROW_MESSAGES = {
     "same_words": ("pair whose answers differ", "pairs whose answers differ", "in case, punctuation or spaces only"),
     "escapes": ("pair", "pairs", "with terminal escapes or control characters"),
+    "carriage_returns": ("pair", "pairs", "with carriage returns in the text"),
+    "serialised": ("pair", "pairs", "with a conversation written out as text"),
+    "prompt_repeated": ("pair", "pairs", "whose answers begin with the whole prompt"),
     "invisible": ("pair", "pairs", "with invisible or direction-changing characters"),
     "mojibake": ("pair", "pairs", "with characters that were wrongly decoded"),
     "special_tokens": ("pair", "pairs", "with special tokens in the text"),

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 
 from localdpo.data.language import asks_for_language, guess_language
-from localdpo.data.pairs import PreferencePair
+from localdpo.data.pairs import PreferencePair, has_carriage_return
+from localdpo.data.rowform import looks_serialised
 
-__all__ = ["evidence", "is_refusal", "row_codes", "same_words", "strip_escapes"]
+__all__ = ["evidence", "is_refusal", "repeats_prompt", "row_codes", "same_words", "strip_escapes", "without_prompt"]
 
 # Tabs, newlines and \r stay: they are text. A terminal sequence goes as a whole, or "[31m" would be left.
 _ESCAPES = re.compile(
@@ -68,6 +69,7 @@ _REFUSAL_ELSEWHERE = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_WITHIN = 200
+_REPEATED = 8  # characters: a shorter prompt, such as a greeting, is repeated without harm
 _NOT_WORD = re.compile(r"[\W_]+")
 _LANGUAGE_SAMPLE = 400
 
@@ -75,6 +77,24 @@ _LANGUAGE_SAMPLE = 400
 def strip_escapes(text: str) -> str:
     """Return `text` without terminal sequences and control characters; tabs and line ends stay."""
     return _ESCAPES.sub("", text) if _CONTROL.search(text) else text
+
+
+def repeats_prompt(pair: PreferencePair) -> bool:
+    """Return whether both answers begin with the whole prompt, as in data sets that store finished texts."""
+    asked = _asked(pair)
+    return len(asked) >= _REPEATED and all(
+        answer.startswith(asked) and answer[len(asked) :].strip() for answer in (pair.chosen, pair.rejected)
+    )
+
+
+def without_prompt(pair: PreferencePair) -> tuple[str, str]:
+    """Return both answers of a pair that repeats its prompt without it."""
+    size = len(_asked(pair))
+    return pair.chosen[size:].lstrip(), pair.rejected[size:].lstrip()
+
+
+def _asked(pair: PreferencePair) -> str:
+    return next((turn["content"].strip() for turn in reversed(pair.prompt) if turn["role"] == "user"), "")
 
 
 def is_refusal(answer: str) -> bool:
@@ -109,6 +129,7 @@ def _codes(pair: PreferencePair) -> Iterator[str]:
         yield "same_words"
     if any(map(_CONTROL.search, texts)):
         yield "escapes"
+    yield from _left_by_tools(pair)
     if not all(map(str.isascii, texts)):
         yield from _beyond_ascii(texts)
     if any(("<" in text or "[" in text) and _SPECIAL.search(text) for text in texts):
@@ -119,6 +140,15 @@ def _codes(pair: PreferencePair) -> Iterator[str]:
         yield "refusal"
     if _in_another_language(prompt, *answers):
         yield "language"
+
+
+def _left_by_tools(pair: PreferencePair) -> Iterator[str]:
+    if has_carriage_return(pair):
+        yield "carriage_returns"
+    if any(map(looks_serialised, (pair.chosen, pair.rejected))):
+        yield "serialised"
+    if repeats_prompt(pair):
+        yield "prompt_repeated"
 
 
 def _beyond_ascii(texts: tuple[str, ...]) -> Iterator[str]:

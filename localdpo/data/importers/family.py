@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from localdpo.data.rowform import RowRefused
+
 __all__ = ["Family", "RowRefused", "answer_turns", "finished", "is_turns", "numbers", "turns_of"]
 
 _ROLES = {
@@ -25,10 +27,6 @@ _OURS: dict[str, type | tuple[type, ...]] = {
     "system": str,
     "id": (str, int),
 }
-
-
-class RowRefused(Exception):
-    """A row from which no pair can be made; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def is_turns(value: Any, role: str = "role", content: str = "content") -> bool:
 def turns_of(value: Any) -> list[dict[str, Any]]:
     """A list of messages with `role` and `content`, from those or from `from` and `value`. Raises RowRefused."""
     if not isinstance(value, list) or not value:
-        raise RowRefused("the conversation is not a list of messages")
+        raise RowRefused(f"{str(value)[:40]!r} is neither text nor a list of messages")
     return [_turn(item) for item in value]
 
 
@@ -73,10 +71,6 @@ def _content(content: Any, may_be_empty: bool) -> str:
         return content
     if content is None and may_be_empty:
         return ""
-    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in content):
-            return "".join(part["text"] for part in content)
-        raise RowRefused("a message holds something other than text, such as a picture")
     raise RowRefused("a message has no text")
 
 

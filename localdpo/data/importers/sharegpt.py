@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,16 +19,8 @@ def _convert(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("chosen") is None or row.get("rejected") is None:
         raise RowRefused("has one answer and no preference")
     if isinstance(row.get("tools"), str):
-        row["tools"] = _tools(row["tools"])
+        raise RowRefused('"tools" is not JSON')
     return finished(turns, answer_turns(row.pop("chosen")), answer_turns(row.pop("rejected")), row)
-
-
-def _tools(text: str) -> Any:
-    """Tools are often a text of JSON here."""
-    try:
-        return json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError):
-        raise RowRefused('"tools" is not JSON') from None
 
 
 SHAREGPT = Family("sharegpt", "ShareGPT conversations", _matches, _convert)

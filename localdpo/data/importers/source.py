@@ -6,7 +6,10 @@ This module knows bytes; it knows nothing about rows.
 from __future__ import annotations
 
 import gzip
+import json
 import os
+import re
+import shlex
 import sys
 import tempfile
 import zlib
@@ -19,9 +22,9 @@ from typing import BinaryIO, Literal
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.files import environment_faults, require_space
 
-__all__ = ["Broken", "Container", "Source", "bad_encoding", "open_source", "sniff"]
+__all__ = ["Broken", "Container", "Source", "bad_encoding", "open_source", "require_json_lines", "sniff"]
 
-Container = Literal["jsonl", "json", "csv", "parquet"]
+Container = Literal["jsonl", "json", "objects", "csv", "parquet"]
 Broken = Callable[[int, str], None]
 """Called with the line and the reason for each row that cannot be read."""
 
@@ -106,7 +109,52 @@ def sniff(source: Source) -> Container:
     text = start.decode(encoding, errors="replace").lstrip("\ufeff \t\r\n")
     if not text:
         raise InputError(Problem(source.name, "0 rows: the file is empty"))
-    return "json" if text[0] == "[" else "jsonl" if text[0] == "{" else "csv"
+    return "json" if text[0] == "[" else "csv" if text[0] != "{" else "objects" if _spans_lines(text) else "jsonl"
+
+
+def _spans_lines(text: str) -> bool:
+    """Whether the first object of a text goes over several lines, as in JSON that was laid out to be read."""
+    line, _, rest = text.partition("\n")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return line.strip() == "{" and bool(rest.strip())  # it may be longer than what is looked at
+    return end > len(line)
+
+
+_KINDS = {"json": "a JSON list", "objects": "JSON over several lines", "csv": "a table (CSV)", "parquet": "Parquet"}
+_KNOWN_COLUMNS = frozenset(
+    {"prompt", "chosen", "rejected", "messages", "conversations", "instruction", "input", "output", "question",
+     "answer", "response", "accept", "system", "completion", "label"}
+)  # fmt: skip
+
+
+def require_json_lines(path: str | Path) -> None:
+    """Raise InputError for a file of another kind than training reads, with the command that makes it one.
+
+    A file that cannot be read, or is of no kind that can be told, is left to whoever reads it.
+    """
+    place = Path(path)
+    try:
+        with place.open("rb") as file:
+            start = file.read(_START)
+        found = "gzip" if start.startswith(_GZIP) else "" if start.startswith(_ZIP) or not start.strip() else None
+        if found is None:
+            kind = sniff(Source(place, str(place)))
+            found = "" if kind == "csv" and not _is_header(start) else _KINDS.get(kind, "")
+    except (OSError, InputError, EnvironmentFault):
+        return
+    if found:
+        out = place.with_name(f"{place.name.partition('.')[0]}-pairs.jsonl")
+        command = shlex.join(["localdpo", "pairs", "import", str(place), "--out", str(out)])
+        raise InputError(Problem(str(place), f"is {found}, and JSON Lines is read here", f"`{command}` makes it so"))
+
+
+def _is_header(start: bytes) -> bool:
+    """Whether a text begins with the names of columns that pairs have."""
+    line = start.decode("utf-8", errors="replace").lstrip("\ufeff").partition("\n")[0].strip()
+    names = {name.strip().strip('"').lower() for name in re.split(r"[,;\t|]", line)}
+    return len(names & _KNOWN_COLUMNS) > 1
 
 
 def bad_encoding(source: Source, encoding: str) -> InputError:

@@ -133,7 +133,10 @@ class _Lines:
 
 
 def read_json_list(source: Source, broken: Broken, progress: Progress | None) -> Iterator[Row]:
-    """Yield the objects of a file that is one JSON list, without holding more than one of them and a piece."""
+    """Yield the objects of a file that is one JSON list, or of objects one after the other over any lines.
+
+    No more than one of them and a piece is held. The line of a row is its number.
+    """
     try:
         with source.path.open(encoding="utf-8-sig", newline="") as file:
             yield from _ListReader(file, source).rows(broken, progress)
@@ -160,25 +163,28 @@ class _ListReader:
         self._read = 0
 
     def rows(self, broken: Broken, progress: Progress | None) -> Iterator[Row]:
-        self._expect("[")
+        listed = self._skip_space() == "["
+        if listed:
+            self._expect("[")
         number = 0
-        while (mark := self._skip_space()) != "]":
-            if number:
+        while (mark := self._skip_space()) != "]" and (mark or listed):
+            if number and listed:
                 self._expect(",")
                 self._skip_space()
             number += 1
-            element, line = self._element()
+            element = self._element()
             try:
-                yield Row(line, parse_object(element))
+                yield Row(number, parse_object(element))
             except ValueError as error:
-                broken(line, str(error))
+                broken(number, str(error))
             if progress is not None and number % _PROGRESS_ROWS == 0:
                 progress(min(self._size, self._read), self._size)
             if not mark:
                 break
-        self._expect("]")
-        if self._skip_space():
-            raise self._fault("goes on after the end of its list")
+        if listed:
+            self._expect("]")
+            if self._skip_space():
+                raise self._fault("goes on after the end of its list")
         if progress is not None:
             progress(self._size, self._size)
 
@@ -207,9 +213,9 @@ class _ListReader:
             raise self._fault(f"is not JSON: {mark!r} is missing" + ("" if found else " at the end of the file"))
         self._at += 1
 
-    def _element(self) -> tuple[str, int]:
-        """The text of the next element and its line."""
-        line, wanted = self._line, _FIRST_READ
+    def _element(self) -> str:
+        """The text of the next element."""
+        wanted = _FIRST_READ
         while True:
             fault, at_end = "", False
             try:
@@ -231,7 +237,7 @@ class _ListReader:
         element = self._text[self._at : end]
         self._line += element.count("\n")
         self._at = end
-        return element, line
+        return element
 
     def _fault(self, message: str) -> InputError:
         return InputError(Problem(f"{self._source.name}:{self._line}", message, "Nothing was imported"))

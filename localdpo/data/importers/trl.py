@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from localdpo.data.importers.family import Family, answer_turns, turns_of
+from localdpo.data.rowform import implicit_prompt
 
 __all__ = ["TRL"]
 
@@ -18,7 +19,9 @@ def _matches(row: Mapping[str, Any]) -> bool:
     answers = [row.get("chosen"), row.get("rejected")]
     if not all(isinstance(answer, str | list | Mapping) for answer in answers):
         return False
-    implicit = all(isinstance(answer, list) and len(answer) > 1 for answer in answers)
+    implicit = all(isinstance(answer, list) and len(answer) > 1 for answer in answers) or (
+        all(isinstance(answer, str) for answer in answers) and implicit_prompt(*map(str, answers)) is not None
+    )
     return isinstance(row.get("prompt"), str | list) or implicit
 
 
