@@ -188,6 +188,21 @@ class Terminal:
         """Type a text."""
         os.write(self._end, text.encode())
 
+    @property
+    def descriptor(self) -> int:
+        """The terminal's end."""
+        return self._end
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are, as fast as they are taken; what comes meanwhile is read."""
+        while data:
+            readable, writable, _ = select.select([self._end], [self._end], [], SECONDS)
+            assert readable or writable, "the program neither reads nor writes"
+            if readable:
+                self.read()
+            if writable:
+                data = data[os.write(self._end, data[:1000]) :]
+
     def wait(self) -> int:
         """Wait for the end of the program; returns its exit code, negative for a signal."""
         self.until(lambda: self.process.poll() is not None, "the end")

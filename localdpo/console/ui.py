@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from localdpo.console.terminal import is_live
+from localdpo.console.terminal import OpenTerminals, is_live
 from localdpo.errors import EnvironmentFault, InputError, Interrupted, Problem
 
 __all__ = ["can_open", "open_ui", "run"]
@@ -39,7 +39,7 @@ def open_ui(folder: Path, place: str | None = None, link: Mapping[str, Any] | No
     """Run the UI on `folder` until the user leaves.
 
     Raises `InputError` when `folder` is not a folder, `EnvironmentFault` when this is no terminal that can show
-    it, `Interrupted` when a signal ended it.
+    it, `Interrupted` when a signal ended it, and what ended the UI when it was a fault.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(Problem(str(folder), "this is a file", "Name a folder: localdpo tui FOLDER"))
@@ -49,7 +49,11 @@ def open_ui(folder: Path, place: str | None = None, link: Mapping[str, Any] | No
     from localdpo_tui.app import LocalDPOApp
 
     app = LocalDPOApp(folder, place=place, link=link)
+    terminals = OpenTerminals()
     app.run()
+    terminals.let_go()  # of a window that was closed: what is said to it now would be an error
+    if app.failure is not None:
+        raise app.failure
     code = app.return_code or 0
     if code > 128:
         raise Interrupted(signal_number=code - 128)

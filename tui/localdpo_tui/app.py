@@ -8,11 +8,11 @@ the first paint is mostly the time of imports.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -20,16 +20,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from textual import constants
 from textual.app import App, SystemCommand
+from textual.driver import Driver
+from textual.events import Event, Paste
 from textual.reactive import reactive
 from textual.screen import Screen
+from textual.widgets import Input
 
-from localdpo.errors import LocalDPOError, Problem
+from localdpo.errors import EnvironmentFault, LocalDPOError, Problem
 from localdpo_tui.actions import Action, available, bindings, register
 from localdpo_tui.places.base import Place
 from localdpo_tui.preferences import load_preferences, save_preference
 from localdpo_tui.shown import one_line, sentences
+from localdpo_tui.standin import signs
+from localdpo_tui.terminal_input import Typed
 from localdpo_tui.theme import DEFAULT_THEME, THEMES
+from localdpo_tui.widgets.editor import SafeTextArea
+from localdpo_tui.widgets.safe_input import SafeInput
 
 if TYPE_CHECKING:
     from localdpo_tui.services.model_host import ModelHost
@@ -83,6 +91,10 @@ class LocalDPOApp(App[None]):
     BINDINGS = bindings(EVERYWHERE)
     NOTIFICATION_TIMEOUT = 6
 
+    signalled: bool
+    """Whether a signal was heard that was not obeyed yet."""
+    failure: BaseException | None
+    """What ended the app, when it was no user and no signal."""
     status: reactive[str] = reactive("", init=False)
     """What the trainer or the host is doing, for the tab line; empty shows the folder instead."""
 
@@ -99,12 +111,38 @@ class LocalDPOApp(App[None]):
         self.folder_title = one_line(str(self.folder.absolute().name) or "/")
         self._host_factory = host_factory
         self._first_link = dict(link or {})
+        self.signalled = False
+        self.failure: BaseException | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
         self._switch_interval = sys.getswitchinterval()
         for theme in THEMES:
             self.register_theme(theme)
         wanted = str(load_preferences().get("theme", DEFAULT_THEME))
         # Before anything is mounted: a change of theme styles the whole screen anew.
         self._remembered_theme = self.theme = wanted if wanted in self.available_themes else DEFAULT_THEME
+
+    def get_driver_class(self) -> type[Driver]:
+        """Return the driver that expects anything of a terminal."""
+        if constants.DRIVER is not None or sys.platform == "win32":
+            return super().get_driver_class()
+        from localdpo_tui.driver import TerminalDriver
+
+        return TerminalDriver
+
+    async def on_event(self, event: Event) -> None:
+        """Hand what was typed in a burst to the text in focus as one, or key by key to what is no text."""
+        focused = self.focused if isinstance(event, Typed | Paste) and not event.is_forwarded else None
+        if isinstance(event, Typed):
+            if isinstance(focused, SafeTextArea | SafeInput):
+                self.app_focus = True
+                focused._forward_event(event)
+                return
+            for key in event.keys:
+                await super().on_event(key)
+            return
+        if isinstance(event, Paste) and isinstance(focused, Input) and not isinstance(focused, SafeInput):
+            event.text = signs(event.text)  # the palette's line, which Textual draws as it is
+        await super().on_event(event)
 
     @cached_property
     def workspace(self) -> Workspace:
@@ -133,11 +171,12 @@ class LocalDPOApp(App[None]):
         # A thread that computes gives way after Python's 5 ms, every time that this one wants to go on: a screen drawn
         # while a large file is indexed took 100 ms so. The default comes back in `on_unmount`.
         sys.setswitchinterval(SWITCH_SECONDS)
-        loop = asyncio.get_running_loop()
         for number in HANG_UP:
-            with suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread: a test
-                loop.add_signal_handler(number, self.hang_up, number)
+            with suppress(ValueError):  # not the main thread: a test
+                self._handlers[number] = signal.signal(number, partial(self._heard, asyncio.get_running_loop()))
         self.app_suspend_signal.subscribe(self, lambda _: self.flush_all())
+        # What the shell has drawn meanwhile is not known to be other than what was there.
+        self.app_resume_signal.subscribe(self, lambda _: self.refresh(layout=True))
         if self._first_link:
             self.call_after_refresh(self.go, self.current_mode, **self._first_link)
 
@@ -260,17 +299,45 @@ class LocalDPOApp(App[None]):
         for place in self.places():
             try:
                 place.flush()
-            except LocalDPOError as error:
+            except Exception as error:  # the other places are to be kept whatever happens to this one
                 self.notify_problem(error)
+
+    def _heard(self, loop: asyncio.AbstractEventLoop, number: int, _frame: object) -> None:
+        # Not asyncio's own handler: the loop does not hear it while it waits for a terminal that takes no output.
+        self.signalled = True
+        self._end_soon(number)
+        loop.call_soon_threadsafe(self.hang_up, number)
+
+    def _end_soon(self, number: int) -> None:
+        if not self.is_headless:
+            # Textual's writer waits for ever when a terminal that is gone does not take its last words.
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(128 + number))
+            signal.setitimer(signal.ITIMER_REAL, GONE_SECONDS)
 
     def hang_up(self, number: int) -> None:
         """End because the terminal is gone or the system asks: flush, ask nothing."""
+        self._end_soon(number)
         self._leave(128 + number)
-        if not self.is_headless:
-            # Textual's writer waits for ever when a terminal that is gone does not take its last words.
-            end = threading.Timer(GONE_SECONDS, os._exit, (128 + number,))
-            end.daemon = True
-            end.start()
+        self.signalled = False
+
+    def lose_terminal(self, error: BaseException) -> None:
+        """End because nothing can be read any more: the terminal is gone, or reading it has failed."""
+        if self._exit or self.signalled:
+            return
+        if isinstance(error, EOFError) or (isinstance(error, OSError) and error.errno == errno.EIO):
+            self.hang_up(signal.SIGHUP)
+        else:
+            if isinstance(error, OSError):
+                problem = Problem("", f"The terminal cannot be read: {error.strerror}", "What you wrote is kept")
+                error = EnvironmentFault(problem)
+            self.failure = error
+            self._leave(1)
+
+    def _fatal_error(self) -> None:
+        # Textual prints a traceback with the values of variables, which are the user's texts.
+        self.flush_all()
+        self.failure = self._exception
+        self._close_messages_no_wait()
 
     async def action_quit(self) -> None:
         """Leave. Asks first when something is not saved, or would be cut off."""
@@ -304,6 +371,8 @@ class LocalDPOApp(App[None]):
 
     async def on_unmount(self) -> None:
         """End the host's process with the app."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         sys.setswitchinterval(self._switch_interval)
         gc.unfreeze()  # what the places kept from the collector
         if self.host_started:

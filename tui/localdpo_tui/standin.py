@@ -12,7 +12,7 @@ from functools import cache
 
 from localdpo.text import UNSAFE_RANGES, sanitise
 
-__all__ = ["StandIns", "picture", "signs"]
+__all__ = ["StandIns", "line_ends", "picture", "signs"]
 
 # Lone surrogates are not among them: no file of pairs holds one.
 _CODES = tuple(code for first, last in UNSAFE_RANGES if first != 0xD800 for code in range(first, last + 1))
@@ -35,6 +35,11 @@ def _signs() -> dict[int, str]:
 def signs(text: str) -> str:
     """Return `text` with a visible sign for each control character, for good: there is no way back."""
     return text.translate(_signs())
+
+
+def line_ends(text: str) -> str:
+    """Return text that comes in with `\\n` as its line ends; terminals send `\\r` for each line of a paste."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @cache
@@ -73,7 +78,11 @@ class StandIns:
 
     def put(self, text: str) -> str:
         """Return text to be added (typed, pasted) with stand-ins; its line ends become the text's own."""
-        return text.replace("\r\n", "\n").translate(self._to)
+        return line_ends(text).translate(self._to)
+
+    def keep(self, text: str) -> str:
+        """Return text that is another field's as it stands, carriage returns and all, with stand-ins."""
+        return text.replace("\r\n", "\n").translate(self._to) if 0x0D not in self._to else text.translate(self._to)
 
     def raw(self, text: str) -> str:
         """Return the text as a file holds it."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from textual.app import SuspendNotSupported
 
 from localdpo.errors import InputError, LocalDPOError, Problem
+from localdpo_tui.standin import line_ends
 
 if TYPE_CHECKING:
     from localdpo_tui.app import LocalDPOApp
@@ -37,13 +38,14 @@ def edit_text(app: LocalDPOApp, text: str, suffix: str = ".md") -> str | None:
             file.write(text)
         if not _run(app, path):
             return None
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            after = file.read()
+        after = path.read_bytes().decode("utf-8", "replace")
     except (OSError, UnicodeError) as error:
         app.notify_problem(error)
         return None
     finally:
         path.unlink(missing_ok=True)
+    if "\r" not in text:
+        after = line_ends(after)
     # Editors end a file with a line end; it is the text's own only where it was there before.
     return after if text.endswith("\n") else after.removesuffix("\n").removesuffix("\r")
 

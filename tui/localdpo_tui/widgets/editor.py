@@ -1,7 +1,7 @@
 """A text area for untrusted text, which can mark words.
 
 Control characters never reach the terminal: the document holds stand-ins (see `standin`), the screen shows signs,
-and `raw` is the text as the file has it.
+and `raw` is the text as the file has it. Text that comes in, by any way, has `\\n` as its line ends.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from textual.widgets import TextArea
 from textual.widgets.text_area import Edit, EditResult
 
 from localdpo_tui.standin import StandIns, picture
+from localdpo_tui.terminal_input import Typed
 
 __all__ = ["SafeTextArea"]
+
+_OPTIONS = {"soft_wrap": True, "show_line_numbers": False, "tab_behavior": "focus", "max_checkpoints": 1000}
 
 
 class SafeTextArea(TextArea):
@@ -33,7 +36,7 @@ class SafeTextArea(TextArea):
     def __init__(self, raw: str = "", **options: Any) -> None:
         self._stand_ins = StandIns()
         self._marks: dict[int, list[tuple[int, int]]] = {}
-        options = {"soft_wrap": True, "show_line_numbers": False, "tab_behavior": "focus", **options}
+        options = {**_OPTIONS, **options}
         super().__init__(self._stand_ins.start(raw), **options)
 
     @property
@@ -46,8 +49,8 @@ class SafeTextArea(TextArea):
         self.load_text(text)
 
     def put_raw(self, text: str) -> None:
-        """Replace the whole text in a way that undo takes back."""
-        self.replace(text, (0, 0), self.document.end, maintain_selection_offset=False)
+        """Replace the whole text, as another field of a file has it, in a way that undo takes back."""
+        self.replace(self._stand_ins.keep(text), (0, 0), self.document.end, maintain_selection_offset=False)
 
     @property
     def selected_text(self) -> str:
@@ -63,6 +66,17 @@ class SafeTextArea(TextArea):
         """Apply an edit, what it adds made inert."""
         edit.text = self._stand_ins.put(edit.text)
         return super().edit(edit)
+
+    def _on_typed(self, event: Typed) -> None:
+        if not self.read_only:
+            self._restart_blink()
+            self._replace_via_keyboard(event.text, *self.selection)
+
+    def _refresh_size(self) -> None:
+        # Textual's undo and redo shorten the text before they move the cursor, and a scroll bar that goes with the
+        # last lines asks where the cursor is: it must never be behind the end.
+        self.set_reactive(TextArea.selection, self._validate_selection(self.selection))
+        super()._refresh_size()
 
     def mark(self, spans: Sequence[tuple[int, int]]) -> None:
         """Mark the stretches `[start, end)` of the text, in characters; they vanish with the next `mark`."""
