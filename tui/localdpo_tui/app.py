@@ -333,6 +333,12 @@ class LocalDPOApp(App[None]):
             self.failure = error
             self._leave(1)
 
+    def _handle_exception(self, error: Exception) -> None:
+        # What is written was kept when leaving began. A worker that had awaited a thread may look for a widget after
+        # that, and find none: nobody waits for it any more.
+        if not self._exit:
+            super()._handle_exception(error)
+
     def _fatal_error(self) -> None:
         # Textual prints a traceback with the values of variables, which are the user's texts.
         self.flush_all()
