@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tui")]
 
-from vt import Terminal, environment_of
+from vt import Screen, Terminal, environment_of
 
 from localdpo.data.jsonl import ProblemLog
 from localdpo.data.pairs import scan_pairs
@@ -121,7 +121,8 @@ class Session:
         try:
             self.until(lambda: self.saved() == wanted, when)
         except AssertionError:
-            raise AssertionError(f"{when} the text is {self.saved()!r}, not {wanted!r}") from None
+            rows = self.file.read_text("utf-8").splitlines()
+            raise AssertionError(f"{when} the text is not {wanted!r}, the rows are {rows!r}") from None
 
     def saved(self) -> str | None:
         lines = self.file.read_bytes().splitlines()
@@ -222,7 +223,12 @@ class Session:
         for key, place in ((b"\x1b[15~", b"Runs"), (b"\x1bOQ", b"Pairs")):
             since = len(self.terminal.output)
             self.send(b"\x1b\x1b\x1b\x1b" + key)
-            self.until(lambda since=since: len(self.terminal.output) > since + 400, f"{place.decode()} to be drawn")
+            try:
+                self.until(lambda since=since: len(self.terminal.output) > since + 400, "")
+            except AssertionError:
+                drawn = self.terminal.output[since:]
+                screen = Screen.of(self.terminal.output[-60_000:]).text
+                raise AssertionError(f"{place.decode()} was not drawn; {drawn!r} was, over\n{screen}") from None
 
     def end(self) -> None:
         number = self.dice.choice((signal.SIGTERM, signal.SIGHUP))

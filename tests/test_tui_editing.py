@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 from localdpo_tui.app import LocalDPOApp
 from localdpo_tui.terminal_input import TerminalInput
+from localdpo_tui.widgets import editor, wrapping
 from localdpo_tui.widgets.composer import Composer
 from localdpo_tui.widgets.editor import SafeTextArea
 from localdpo_tui.widgets.safe_input import SafeInput
+from localdpo_tui.widgets.wrapping import Wrapping
 from textual.app import App, ComposeResult
+from textual.document import _wrapped_document
+from textual.document._document import Document
+from textual.document._wrapped_document import WrappedDocument
 from textual.events import Paste
 from textual.pilot import Pilot
 from textual.widgets import Input, TextArea
@@ -185,3 +190,92 @@ async def test_a_lost_terminal_ends_the_app_with_what_was_wrong(tmp_path: Any, m
         app.lose_terminal(ValueError("broken"))
         assert (app.return_code, flushed) == (1, [True])
         assert isinstance(app.failure, ValueError)
+
+
+# -- a key costs the same in a long text as in a short one
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_wrapped_piece_by_piece_are_those_of_the_whole_text(seed: int):
+    dice = random.Random(seed)
+    width = dice.choice((1, 5, 12, 40))
+    alphabet = dice.choice(("ab ", "a   ", "漢字 b", "word  \n", "日本語", "a\tb \n"))
+    document = Document("".join(dice.choices(alphabet, k=200)))
+    wrapped = Wrapping(document, width)
+    wrapped.wrap(width, 4)
+    for _ in range(300):
+        start, end = sorted(any_place(document, dice) for _ in range(2))
+        if dice.random() < 0.7:
+            end = start
+        result = document.replace_range(start, end, "".join(dice.choices(alphabet, k=dice.choice((0, 1, 1, 1, 30)))))
+        wrapped.wrap_range(start, end, result.end_location)
+        whole = WrappedDocument(document, width, 4)
+        for name in ("_wrap_offsets", "_offset_to_line_info", "_line_index_to_offsets", "_tab_width_cache", "height"):
+            assert getattr(wrapped, name) == getattr(whole, name), name
+        place = any_place(document, dice)
+        assert wrapped.location_to_offset(place) == whole.location_to_offset(place)
+        assert wrapped.get_sections(place[0]) == whole.get_sections(place[0])
+
+
+def any_place(document: Document, dice: random.Random) -> tuple[int, int]:
+    row = dice.randrange(document.line_count)
+    return row, dice.randint(0, len(document[row]))
+
+
+@pytest.mark.parametrize("characters", [3_000, 300_000])
+async def test_a_key_costs_the_same_however_long_the_text_is(characters: int, monkeypatch: pytest.MonkeyPatch):
+    """The characters that are wrapped, measured and drawn for a key, at the end and in the middle."""
+    seen = 0
+
+    def counted(function: Any, place: int) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal seen
+            seen += len(arguments[place])
+            return function(*arguments, **options)
+
+        return counting
+
+    for module in (wrapping, _wrapped_document):
+        for name in ("compute_wrap_offsets", "cell_len"):
+            monkeypatch.setattr(module, name, counted(getattr(module, name), 0))
+    monkeypatch.setattr(_wrapped_document, "Text", counted(_wrapped_document.Text, 0))
+    monkeypatch.setattr(editor, "picture", counted(editor.picture, 0))
+    app = Fields()
+    async with app.run_test(size=(40, 24)) as pilot:
+        text = app.query_one("#fixed", SafeTextArea)
+        # Words of one length would never fall into the same rows again after one that is longer.
+        dice = random.Random(1)
+        text.raw = " ".join("x" * dice.randint(1, 12) for _ in range(characters // 7))
+        text.focus()
+        for place in (text.document.end, (0, characters // 2)):
+            text.move_cursor(place)
+            await pilot.pause()
+            seen = 0
+            await pilot.press(*"typing (more)")
+            assert 0 < seen < 10_000
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_rows_of_a_long_line_look_as_textual_draws_them(seed: int):
+    dice = random.Random(seed)
+    app = Fields()
+    async with app.run_test(size=(40, 24)) as pilot:
+        text = app.query_one("#fixed", SafeTextArea)
+        text.highlight_cursor_line = bool(seed % 2)
+        text.raw = "(wörd [日本] " * 200 + ")\n" + "next " * 300
+        text.mark([(3, 40), (1000, 1500)])
+        text.focus()
+        for _ in range(12):
+            selected = dice.random() < 0.5
+            text.selection = text.selection.__class__(where(text, dice), where(text, dice))
+            if not selected:
+                text.move_cursor(text.selection.end)
+            await pilot.pause()
+            for y in range(8):
+                ours = text._render_line(y)
+                assert pieces(ours) == pieces(TextArea._render_line(text, y))
+
+
+def pieces(strip: Any) -> list[tuple[str, Any]]:
+    """Every character with its style, the same however a strip is cut."""
+    return [(char, segment.style) for segment in strip for char in segment.text]

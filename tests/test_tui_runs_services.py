@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from localdpo_tui.services.run_view import CHARTS, RunView, read_chunk, state_si
 
 from localdpo.errors import EnvironmentFault, InputError
 from localdpo.evaluate.evidence import verdict_of_run
+from localdpo.evaluate.verdict import Reason, Verdict
 from localdpo.train.events import (
     CheckpointEvent,
     EndEvent,
@@ -84,7 +86,7 @@ def test_a_row_says_what_the_folder_holds(tmp_path):
     assert row.accuracy == pytest.approx(4 / 9)  # that of the published step, not of the last
     assert row.held_out_loss == 0.25
     assert (row.retained, row.taught) == ((3, 4), (3, 4))
-    assert row.drift == pytest.approx(0.08)
+    assert row.retain_logp == pytest.approx(-0.08)
     assert row.seconds == 90.0
     assert row.lines == ("identity: 3 of 4 (75%) answers say Athene",)
     assert row.adapter
@@ -128,7 +130,7 @@ def test_the_end_of_a_long_file_is_enough(tmp_path):
     run = make_run(tmp_path / "a", steps=3000)
     assert run.metrics_file.stat().st_size > 3 * run_list._TAIL_BYTES
     row = run_list.read_row(run)
-    assert row.drift == pytest.approx(30.0)
+    assert row.retain_logp == pytest.approx(-30.0)
     assert row.retained == (3, 4)
     assert row.pairs == 24
 
@@ -317,3 +319,15 @@ def test_a_report_is_opened_only_where_there_is_a_screen(tmp_path, monkeypatch):
     assert viewer.open_file(report)
     assert started[0].wait(30) == 0
     assert opened.read_text() == str(report)
+
+
+def test_a_divergence_is_named_so_and_a_change_of_log_probs_is_not_called_one(tmp_path):
+    run = make_run(tmp_path / "a")
+    reason = Reason("kept", "KL a token", 0.07, 0.05, 0.09, 0.3, "0.07 nats a token away from the base")
+    row = replace(run_list.read_row(run), retain_logp=0.37, verdict=Verdict("learned", "kept", "", (reason,)))
+    figures = {name: value for name, value, _ in run_list.compared_figures(row, row)}
+    assert figures["KL (nats a token)"] == "0.07"
+    assert figures["retained log-prob"] == "+0.37 nats a token"
+    assert not [name for name in figures if "drift" in name]
+    unmeasured = run_list.compared_figures(*(replace(row, verdict=None) for _ in range(2)))
+    assert "KL (nats a token)" not in [name for name, *_ in unmeasured]

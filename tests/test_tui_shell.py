@@ -15,10 +15,12 @@ from localdpo_tui.actions import registered
 from localdpo_tui.app import LocalDPOApp
 from localdpo_tui.preferences import load_preferences
 from localdpo_tui.screens import difference
+from localdpo_tui.screens.dialog import Dialog
 from localdpo_tui.screens.help import HelpScreen
 from localdpo_tui.screens.jump import JumpScreen
 from localdpo_tui.widgets.footer import FooterLine
 from localdpo_tui.widgets.pair_list import PairList
+from textual.events import Key
 from textual.widgets import Input
 
 import localdpo
@@ -256,3 +258,31 @@ async def test_a_small_terminal_is_usable(folder: Path):
         await pilot.press("escape")
         await seen(pilot, "3 pairs")
         assert isinstance(app, LocalDPOApp)
+
+
+@pytest.mark.parametrize("opens", ["f1", "ctrl+o", "ctrl+p"])
+async def test_two_keys_that_close_a_dialog_close_one(tmp_path: Path, opens: str):
+    """They may both be under way before the first has closed it: what lies below stays, and hears the next key."""
+    async with started(tmp_path) as (app, pilot):
+        place = app.screen
+        await pilot.press(opens)
+        await pilot.pause()
+        assert app.screen is not place
+        for _ in range(4):
+            app.post_message(Key("escape", "\x1b"))
+        await pilot.pause()
+        await until(pilot, lambda: app.screen is place)
+        await pilot.press("f5")
+        await until(pilot, lambda: app.current_mode == "runs")
+
+
+async def test_a_dialog_is_answered_once(tmp_path: Path):
+    async with started(tmp_path) as (app, pilot):
+        answers: list[object] = []
+        dialog = Dialog("Really?", "", {"yes": "Yes", "no": "No"})
+        app.push_screen(dialog, answers.append)
+        await pilot.pause()
+        dialog.dismiss("yes")
+        dialog.dismiss("no")
+        await pilot.pause()
+        assert answers == ["yes"]

@@ -6,6 +6,7 @@ The one module of the library that knows the UI package, and only when it is ask
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ def open_ui(folder: Path, place: str | None = None, link: Mapping[str, Any] | No
     app = LocalDPOApp(folder, place=place, link=link)
     terminals = OpenTerminals()
     app.run()
+    # The guard of a signalled end: it must not go off while Python tidies up, with its handler gone.
+    signal.setitimer(signal.ITIMER_REAL, 0)
     terminals.let_go()  # of a window that was closed: what is said to it now would be an error
     if app.failure is not None:
         raise app.failure

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import constants
 from textual.app import App, SystemCommand
+from textual.await_complete import AwaitComplete
 from textual.driver import Driver
 from textual.events import Event, Paste
 from textual.reactive import reactive
@@ -338,6 +339,10 @@ class LocalDPOApp(App[None]):
         # that, and find none: nobody waits for it any more.
         if not self._exit:
             super()._handle_exception(error)
+
+    def pop_screen(self) -> AwaitComplete:
+        """Close the screen on top, but never a place: Textual's palette asks twice when two keys close it."""
+        return super().pop_screen() if len(self.screen_stack) > 1 else AwaitComplete()
 
     def _fatal_error(self) -> None:
         # Textual prints a traceback with the values of variables, which are the user's texts.

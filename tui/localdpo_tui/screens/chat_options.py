@@ -10,11 +10,11 @@ from textual import on
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Select, Static
 
 from localdpo.errors import InputError
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import Modal
 from localdpo_tui.services.conversation import Mode
 from localdpo_tui.shown import one_line
 from localdpo_tui.widgets.editor import SafeTextArea
@@ -41,7 +41,7 @@ class ChatSettings:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ChatOptionsScreen(ModalScreen[ChatSettings | None]):
+class ChatOptionsScreen(Modal[ChatSettings | None]):
     """Edit the settings of a chat; dismissed with the new ones, or None."""
 
     HELP = """Choose the run whose adapter answers beside the base, the system prompt and how tokens are chosen. At

@@ -9,17 +9,17 @@ from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import Modal
 from localdpo_tui.shown import one_line
 
 __all__ = ["ChooseScreen"]
 
 
-class ChooseScreen(ModalScreen[int | None]):
+class ChooseScreen(Modal[int | None]):
     """Dismissed with the number of the chosen item, or None."""
 
     ACTIONS: ClassVar[tuple[Action, ...]] = register(

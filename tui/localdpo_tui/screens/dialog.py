@@ -10,16 +10,16 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.events import Key
-from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import Modal
 from localdpo_tui.shown import inert, one_line
 
 __all__ = ["Dialog"]
 
 
-class Dialog(ModalScreen[str | None]):
+class Dialog(Modal[str | None]):
     """Ask; dismissed with the key of the choice, or None."""
 
     CSS_PATH = "dialog.tcss"

@@ -10,16 +10,17 @@ from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.dom import DOMNode
-from textual.screen import ModalScreen, Screen
+from textual.screen import Screen
 from textual.widgets import Static
 
 from localdpo_tui.actions import Action, available, bindings, register
+from localdpo_tui.screens.modal import Modal
 from localdpo_tui.shown import fit
 
 __all__ = ["HelpScreen"]
 
 
-class HelpScreen(ModalScreen[None]):
+class HelpScreen(Modal[None]):
     """Opened with F1 over `about`; F1 or Esc closes it."""
 
     CSS_PATH = "help.tcss"

@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.events import Key
-from textual.screen import ModalScreen, Screen
+from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Label
 
 from localdpo_tui.actions import Action, bindings, register
+from localdpo_tui.screens.modal import Modal
 
 __all__ = ["JumpScreen"]
 
 
-class JumpScreen(ModalScreen[None]):
+class JumpScreen(Modal[None]):
     """Lies over `below` and shows the letters; any other key closes it."""
 
     CSS_PATH = "jump.tcss"

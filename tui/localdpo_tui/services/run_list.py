@@ -64,7 +64,7 @@ class RunRow:
     accuracy: float | None = None
     held_out_loss: float | None = None
     retained: tuple[int, int] | None = None
-    drift: float | None = None
+    retain_logp: float | None = None
     taught: tuple[int, int] | None = None
     bytes: int = 0
     created: float = 0.0
@@ -118,7 +118,7 @@ def read_row(run: RunFolder) -> RunRow:
         held_out_loss=held.metrics.get("eval_loss") if held is not None else None,
         retained=_counted(figures, "kept", "base_right", taught=False),
         taught=_counted(figures, "tuned_right", "judged", taught=True),
-        drift=last.metrics.get("retain/drift") if last is not None else None,
+        retain_logp=_logp_change(last),
         bytes=folder_size(run.path),
         created=_number(info.get("created")),
         seconds=end.seconds if end is not None and end.seconds else None,
@@ -155,6 +155,12 @@ def _number(value: object) -> float:
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _logp_change(last: StepEvent | None) -> float | None:
+    """By how many nats a token the base's own answers to retain prompts have become more likely."""
+    lost = last.metrics.get("retain/drift") if last is not None else None
+    return None if lost is None else -lost
 
 
 def _published(evaluations: list[EvalEvent], step: int | None) -> EvalEvent | None:
@@ -275,6 +281,12 @@ def share_text(counted: tuple[int, int] | None) -> str:
     return "" if counted is None else f"{counted[0]}/{counted[1]}"
 
 
+def _kl(row: RunRow) -> float | None:
+    """KL(base || tuned) on retained answers, which `localdpo eval` measures."""
+    reasons = row.verdict.reasons if row.verdict is not None else ()
+    return next((reason.value for reason in reasons if reason.figure == "KL a token"), None)
+
+
 _FIGURES: dict[str, Callable[[RunRow], str]] = {
     "verdict": lambda row: row.verdict.short if row.verdict is not None else "",
     "steps": lambda row: f"{row.step:,} of {row.total_steps:,}",
@@ -283,7 +295,8 @@ _FIGURES: dict[str, Callable[[RunRow], str]] = {
     "held-out loss": lambda row: "" if row.held_out_loss is None else number_text(row.held_out_loss),
     "taught probes right": lambda row: share_text(row.taught),
     "right answers kept": lambda row: share_text(row.retained),
-    "drift (nats a token)": lambda row: "" if row.drift is None else number_text(row.drift),
+    "KL (nats a token)": lambda row: "" if (kl := _kl(row)) is None else number_text(kl),
+    "retained log-prob": lambda row: "" if row.retain_logp is None else f"{row.retain_logp:+.3g} nats a token",
     "time": lambda row: "" if row.seconds is None else duration_text(row.seconds),
     "size": lambda row: bytes_text(row.bytes),
 }

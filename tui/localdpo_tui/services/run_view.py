@@ -232,10 +232,11 @@ class RunView:
             ("loss", "loss", ".3f"),
             ("margin", "rewards/margins", "+.2f"),
             ("accuracy", "rewards/accuracies", ".0%"),
-            ("drift", "retain/drift", "+.3f"),
         ):
             if key in metrics:
                 parts.append(f"{name} {metrics[key]:{form}}")
+        if "retain/drift" in metrics:  # what the retained answers have lost
+            parts.append(f"retain logp {-metrics['retain/drift']:+.3f}")
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
         return "  ".join(parts)

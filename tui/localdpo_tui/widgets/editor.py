@@ -7,21 +7,28 @@ and `raw` is the text as the file has it. Text that comes in, by any way, has `\
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 from rich.style import Style
 from rich.text import Text
+from textual.document._document_navigator import DocumentNavigator
+from textual.strip import Strip
 from textual.widgets import TextArea
 from textual.widgets.text_area import Edit, EditResult
 
 from localdpo_tui.standin import StandIns, picture
 from localdpo_tui.terminal_input import Typed
+from localdpo_tui.widgets.wrapping import Wrapping
 
 __all__ = ["SafeTextArea"]
 
 _OPTIONS = {"soft_wrap": True, "show_line_numbers": False, "tab_behavior": "focus", "max_checkpoints": 1000}
+LONG_LINE = 1000
+"""Characters of a line whose rows are drawn one by one."""
+BRACKET_REACH = 2000
+"""Characters that are searched for the other one of a pair of brackets."""
 
 
 class SafeTextArea(TextArea):
@@ -98,7 +105,74 @@ class SafeTextArea(TextArea):
 
     def get_line(self, line_index: int) -> Text:
         """Return a line as it is shown."""
-        text = Text(picture(self.document.get_line(line_index)), end="", no_wrap=True)
-        for start, end in self._marks.get(line_index, ()):
-            text.stylize(self.MARK, start, end)
+        return self._stretch(line_index, 0, len(self.document[line_index]))
+
+    def _stretch(self, line_index: int, start: int, end: int) -> Text:
+        text = Text(picture(self.document[line_index][start:end]), end="", no_wrap=True)
+        for first, last in self._marks.get(line_index, ()):
+            _stylize(text, self.MARK, first - start, last - start)
         return text
+
+    # -- a key costs the same in a long text as in a short one
+
+    def _rewrap_and_refresh_virtual_size(self) -> None:
+        if not isinstance(self.wrapped_document, Wrapping):  # the document is a new one
+            self.wrapped_document = Wrapping(self.document, tab_width=self.indent_width)
+            self.navigator = DocumentNavigator(self.wrapped_document)
+        super()._rewrap_and_refresh_virtual_size()
+
+    def _yield_character_locations(self, start: tuple[int, int]) -> Iterable[tuple[str, tuple[int, int]]]:
+        return islice(super()._yield_character_locations(start), BRACKET_REACH)
+
+    def _yield_character_locations_reverse(self, start: tuple[int, int]) -> Iterable[tuple[str, tuple[int, int]]]:
+        return islice(super()._yield_character_locations_reverse(start), BRACKET_REACH)
+
+    def _render_line(self, y: int) -> Strip:
+        wrapped = self.wrapped_document
+        row = y + self.scroll_offset.y
+        line_index, section = wrapped._offset_to_line_info[row] if row < wrapped.height else (0, 0)
+        line = self.document[line_index]
+        plain = self.soft_wrap and not (self.show_line_numbers or self.suggestion)
+        if row >= wrapped.height or len(line) < LONG_LINE or "\t" in line or not plain:
+            return super()._render_line(y)
+        assert isinstance(wrapped, Wrapping)
+        return self._render_section(line_index, *wrapped.section(line_index, section))
+
+    def _render_section(self, line_index: int, start: int, end: int) -> Strip:
+        """Draw one row of a line as Textual draws it, who takes the whole line apart for each row."""
+        theme = self._theme
+        text = self._stretch(line_index, start, end)
+        if end == len(self.document[line_index]):
+            text.append(" ")  # the cursor may stand behind the end
+        cursor_row, cursor_column = self.selection.end
+        line_style = theme.base_style
+        if cursor_row == line_index and self.highlight_cursor_line:
+            line_style = theme.cursor_line_style
+            if self._has_cursor and line_style:
+                text.stylize(line_style)
+        top, bottom = sorted(self.selection)
+        if top != bottom and top[0] <= line_index <= bottom[0] and theme.selection_style:
+            first = top[1] if line_index == top[0] else 0
+            last = bottom[1] if line_index == bottom[0] else len(self.document[line_index])
+            _stylize(text, theme.selection_style, first - start, last - start)
+        for column, style in self._spots(line_index, cursor_row, cursor_column):
+            _stylize(text, style, column - start, column - start + 1)
+        strip = Strip(text.render(self.app.console), cell_length=text.cell_len)
+        width = self.scrollable_content_region.size.width
+        return strip.extend_cell_length(width, line_style).apply_style(theme.base_style or self.rich_style)
+
+    def _spots(self, line_index: int, cursor_row: int, cursor_column: int) -> Iterable[tuple[int, Style]]:
+        theme, bracket = self._theme, self._matching_bracket_location
+        matched = self._has_cursor and self.match_cursor_bracket and bracket and self.selection.is_empty
+        if cursor_row == line_index:
+            if matched and theme.bracket_matching_style:
+                yield cursor_column, theme.bracket_matching_style
+            if self._draw_cursor and theme.cursor_style:
+                yield cursor_column, theme.cursor_style
+        if matched and bracket and bracket[0] == line_index and theme.bracket_matching_style:
+            yield bracket[1], theme.bracket_matching_style
+
+
+def _stylize(text: Text, style: Style, start: int, end: int) -> None:
+    if end > 0:
+        text.stylize(style, max(0, start), end)

@@ -211,11 +211,11 @@ class PairEditor(Widget):
             from localdpo.data.rows import PairDraft
 
             draft = PairDraft()
-        self._set_turns(draft.messages or ({"role": "user", "content": ""},))
-        for box, text in ((self.chosen, draft.chosen), (self.rejected, draft.rejected)):
-            if box.raw != text:
-                box.raw = text
-        with self.prevent(Input.Changed):
+        with self.prevent(TextArea.Changed, Input.Changed):
+            self._set_turns(draft.messages or ({"role": "user", "content": ""},))
+            for box, text in ((self.chosen, draft.chosen), (self.rejected, draft.rejected)):
+                if box.raw != text:
+                    box.raw = text
             self._tag_line.value = self._tags.start(", ".join(draft.tags))
             self._weight_line.value = "" if draft.weight == 1.0 else f"{draft.weight:g}"
 
@@ -277,7 +277,8 @@ class PairEditor(Widget):
     @on(Input.Changed)
     def _changed(self, event: TextArea.Changed | Input.Changed) -> None:
         event.stop()
-        if self._draft is not None and self.draft != self._draft:
+        # Whether it differs from what is kept is found out when the typing rests: that reads all of the texts.
+        if self._draft is not None:
             self.post_message(self.Changed())
 
     @on(Input.Submitted)
