@@ -1,8 +1,9 @@
 """The terminal the app runs in: Textual's driver, made ready for terminals that send anything and go at any time.
 
-It differs in four things. Bytes are read by `TerminalInput`. The next bytes are read when the last ones were obeyed,
-so that a signal never waits behind a long queue of keys. An input thread that ends, and a terminal that is gone, end
-the app (`LocalDPOApp.lose_terminal`). Output to a terminal that takes none does not hold up a signal.
+It differs in four things. Bytes are read by `TerminalInput`. Each key is sent when the one before was obeyed, so that
+what is typed ahead goes to where the focus has gone, and a signal never waits behind a long queue of keys. An input
+thread that ends, and a terminal that is gone, end the app (`LocalDPOApp.lose_terminal`). Output to a terminal that
+takes none does not hold up a signal.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import os
 import selectors
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import suppress
 from queue import Full
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from textual.drivers.linux_driver import LinuxDriver
+from textual.message import Message
 
 from localdpo_tui.terminal_input import TerminalInput
 
@@ -26,7 +29,8 @@ __all__ = ["TerminalDriver"]
 
 READ_BYTES = 1024
 WAIT_SECONDS = 0.05
-_TURNS = 4  # of the event loop: a key goes to the app, from there to the widget, and from there bubbles up
+_TURNS = 200  # of the event loop, and no more: a task that never rests must not keep keys from being obeyed
+_REFRESH_SECONDS = 0.3  # for what a key had put off until the screen is drawn, such as a move of the focus
 
 
 class TerminalDriver(LinuxDriver):
@@ -83,23 +87,35 @@ class TerminalDriver(LinuxDriver):
                     events = terminal.feed(data)
                 else:
                     events = terminal.tick()
-                for event in events:
-                    self.process_message(event)
                 if events:
-                    self._await_turns()
+                    self._send(events)
 
-    def _await_turns(self) -> None:
-        obeyed = asyncio.run_coroutine_threadsafe(_turns(), self._loop)
+    def _send(self, events: Sequence[Message]) -> None:
+        sent = asyncio.run_coroutine_threadsafe(self._send_in_turn(events), self._loop)
         while not self.exit_event.is_set():
             with suppress(NotYet):
-                obeyed.result(WAIT_SECONDS)
+                sent.result(WAIT_SECONDS)
                 return
-        obeyed.cancel()
 
+    async def _send_in_turn(self, events: Sequence[Message]) -> None:
+        for event in events:
+            self.process_message(event)
+            await self._obeyed()
 
-async def _turns() -> None:
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
+    async def _obeyed(self) -> None:
+        """Wait until nothing is left to do: a key makes messages, which make others."""
+        loop: Any = asyncio.get_running_loop()
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+            if not loop._ready:
+                break
+        until = loop.time() + _REFRESH_SECONDS
+        while self._awaits_refresh() and loop.time() < until:
+            await asyncio.sleep(WAIT_SECONDS / 10)
+
+    def _awaits_refresh(self) -> bool:
+        stack = self._ui._screen_stack
+        return bool(stack and stack[-1]._callbacks)
 
 
 class _Output:
