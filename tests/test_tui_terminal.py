@@ -142,3 +142,12 @@ def test_a_terminal_that_ends_without_a_signal_ends_the_app(folder: Path):
     with opened(folder, sys.executable, "-c", ignored + "main()", "tui", ".") as terminal:
         terminal.hang_up()
         assert terminal.process.wait(60) == 129
+
+
+def test_a_paste_into_a_window_without_the_focus_arrives(ui: Terminal, folder: Path):
+    new_pair(ui)
+    ui.send(b"\x1b[O\x1b[200~one\rtwo\x1b[201~\x1b[I!")
+    sees(ui, "two")
+    ui.send(b"\x13")
+    ui.until(lambda: len((folder / "pairs.jsonl").read_bytes().splitlines()) == 4, "the file")
+    assert saved(folder)["prompt"] == "one\ntwo!"

@@ -132,10 +132,11 @@ class LocalDPOApp(App[None]):
 
     async def on_event(self, event: Event) -> None:
         """Hand what was typed in a burst to the text in focus as one, or key by key to what is no text."""
+        if isinstance(event, Typed | Paste):
+            self.app_focus = True  # the window may be pasted into before, or without, a word that it has the focus
         focused = self.focused if isinstance(event, Typed | Paste) and not event.is_forwarded else None
         if isinstance(event, Typed):
             if isinstance(focused, SafeTextArea | SafeInput):
-                self.app_focus = True
                 focused._forward_event(event)
                 return
             for key in event.keys:

@@ -41,10 +41,6 @@ class HelpScreen(Modal[None]):
             box.border_subtitle = "Esc closes"
             yield Static(Content("\n").join(self._lines()))
 
-    def on_mount(self) -> None:
-        """Let the arrow keys scroll at once."""
-        self.query_one(VerticalScroll).focus()
-
     def _lines(self) -> Iterator[Content]:
         for node in self._chain:
             text = type(node).__dict__.get("HELP") or getattr(node, "help_text", "")
