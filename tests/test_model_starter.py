@@ -156,7 +156,8 @@ def test_a_damaged_folder_counts_as_absent(starter: Path, empty_cache: Path, no_
 
 def test_looking_it_up_loads_no_mlx() -> None:
     code = (
-        "import sys; from localdpo import catalogue; from localdpo.model import resolve, starter; starter.starter_cached();"
+        "import sys; from localdpo import catalogue; from localdpo.model import resolve, starter;"
+        "starter.starter_cached();"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'transformers')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)

@@ -54,6 +54,9 @@ def test_the_wheel_holds_library_ui_recipes_and_license(wheel: Path):
     shipped = {f"localdpo/_recipes/{path.name}" for path in (ROOT / "recipes").iterdir() if path.is_file()}
     assert shipped
     assert shipped <= names
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localdpo/report/templates").iterdir()}
+    assert "localdpo/report/templates/run.html" in templates
+    assert templates <= names
     assert {"localdpo/py.typed", "localdpo/cli.py", "localdpo_tui/py.typed"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from report_runs import evaluated_run, evaluation, step_event, write_run
 
 from localdpo.errors import InputError
+from localdpo.report import page
 from localdpo.report.answers import answers_of
 from localdpo.report.charts import CURVE_POINTS, charts_of
 from localdpo.report.compare import compare_page, compared_charts, compared_figures
@@ -115,6 +117,17 @@ def test_only_markup_goes_in_as_it_is():
     assert escape("\x1b[31m\u202e") == "␛[31m&lt;U+202E&gt;"
 
 
+def test_no_template_turns_escaping_off_or_writes_a_value_outside_quotes():
+    pages = [path.read_text("utf-8") for path in Path(page.__file__).with_name("templates").glob("*.html")]
+    assert len(pages) == 5
+    for text in pages:
+        assert not re.search(r"\|\s*(safe|xmlattr|urlize)|autoescape|Markup", text)
+        assert not re.search(
+            r"<[^<>]*=\s*\{\{", text
+        )  # an attribute without quotes ends at the first space of its value
+        assert not re.search(r"\b(on\w+|style|src|srcset|action)\s*=\s*[\"']", text)
+
+
 # -- whole pages
 
 
@@ -157,7 +170,7 @@ def test_attacks_are_shown_as_text(tmp_path: Path, attack: str):
 def test_a_page_loads_nothing_and_has_a_policy_that_allows_only_its_style(tmp_path: Path):
     page = run_page(read_record(evaluated_run(tmp_path / "a")), now=NOW)
     assert page.count("<style>") == 1
-    assert "default-src &#x27;none&#x27;; style-src &#x27;sha256-" in page
+    assert "default-src 'none'; style-src 'sha256-" in page
     assert "url(" not in page
     assert "@import" not in page
     assert not [line for line in page.splitlines() if "://" in line.replace("http://www.w3.org/2000/svg", "")]

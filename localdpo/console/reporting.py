@@ -13,7 +13,7 @@ from localdpo.console.terminal import bytes_text, columns, say
 from localdpo.report.charts import charts_of
 from localdpo.report.compare import FigureRow, compared_charts, compared_figures, names_of
 from localdpo.report.differences import recipe_differences
-from localdpo.report.made import value_text
+from localdpo.report.formats import value_text
 from localdpo.report.record import Record, read_record
 from localdpo.report.summary import headline
 from localdpo.report.values import object_at, text

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from localdpo.report.record import Record
-from localdpo.series import Range, Series, number_text
+from localdpo.series import Bucket, Range, Series, number_text
 
 __all__ = ["CURVE_POINTS", "TABLE_ROWS", "Chart", "Line", "charts_of"]
 
@@ -66,6 +66,18 @@ class Line:
     dash: int = 0
     sparse: bool = False
     smoothing: float = 0.0
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The line in numbers, at most `TABLE_ROWS` rows: the header, and the rows."""
+        buckets = self.series.thinned(TABLE_ROWS).buckets
+        if all(bucket.count == 1 for bucket in buckets):
+            return ("Step", self.label), [(f"{bucket.first:g}", number_text(bucket.mean, 4)) for bucket in buckets]
+        rows = [(_steps(b), *(number_text(value, 4) for value in (b.mean, b.low, b.high))) for b in buckets]
+        return ("Steps", f"{self.label}, mean", "lowest", "highest"), rows
+
+
+def _steps(bucket: Bucket) -> str:
+    return f"{bucket.first:g}" if bucket.first == bucket.last else f"{bucket.first:g}–{bucket.last:g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from localdpo.report.answers import answers_of, compared_answers_section
+from localdpo.report.answers import answers_of
 from localdpo.report.charts import Chart, charts_of
 from localdpo.report.differences import recipe_differences
-from localdpo.report.made import value_text, when
-from localdpo.report.markup import Child, Markup, tag
-from localdpo.report.page import charts_section, document
-from localdpo.report.parts import code, facts, note, percent, plain, section, sentence, table
+from localdpo.report.formats import count_bytes, duration, percent, plain
+from localdpo.report.page import render
 from localdpo.report.record import Record
-from localdpo.report.summary import badges, count_bytes, duration, headline, state_chip
-from localdpo.report.values import Figure, figure, number, object_at, text
+from localdpo.report.summary import headline, last_of
+from localdpo.report.values import Figure, figure, object_at, text
 
 __all__ = ["FigureRow", "compare_page", "compared_charts", "compared_figures", "names_of"]
 
@@ -53,8 +51,7 @@ def _held(key: str) -> Callable[[Record], Figure | None]:
 
     def get(record: Record) -> Figure | None:
         found = figure(object_at(record.evaluation, "held_out").get(key))
-        series = record.curves.get(metric)
-        return found or (Figure(series.buckets[-1].mean) if series and series.buckets else None)
+        return found or last_of(record, metric)
 
     return get
 
@@ -119,74 +116,22 @@ def compared_charts(first: Record, second: Record) -> list[Chart]:
 
 def compare_page(first: Record, second: Record, now: float | None = None) -> str:
     """The page of two runs."""
-    names = names_of(first, second)
-    parts: dict[str, Markup | None] = {
-        "figures": _figures(first, second, names),
-        "recipe": _recipes(first, second, names),
-        "curves": charts_section(compared_charts(first, second)),
-        "answers": compared_answers_section(first, second, names),
-        "made": section(
-            "made",
-            "How this was made",
-            _made(first, second, names),
-            note(f"This page was made on {when(time.time() if now is None else now)}. It holds everything it shows and "
-                 "loads nothing."),
-        ),
-    }  # fmt: skip
-    title = f"{names[0]} and {names[1]}"
-    return document(title, title, "Two runs side by side", [_verdicts(first, second, names)], parts)
-
-
-def _verdicts(first: Record, second: Record, names: tuple[str, str]) -> Markup:
-    return tag(
-        "section",
-        tag("h2", "Verdicts", class_="unseen"),
-        tag("div", [_verdict(record, name) for record, name in zip((first, second), names, strict=True)],
-            class_="pair"),
-        id="verdict",
-        class_="verdict",
-    )  # fmt: skip
-
-
-def _verdict(record: Record, name: str) -> Markup:
-    words: list[Child] = list(badges(record))
-    if not words or record.provisional:
-        words.append(tag("span", "Not evaluated: ", code(f"localdpo eval {record.argument}"), class_="note"))
-    return tag(
-        "div",
-        tag("h3", name, " ", state_chip(record)),
-        tag("p", words, class_="words"),
-        tag("p", sentence(text(record.verdict.get("words")))),
+    return render(
+        "compare.html",
+        first=first,
+        second=second,
+        names=names_of(first, second),
+        charts=compared_charts(first, second),
+        now=time.time() if now is None else now,
+        compared_figures=compared_figures,
+        same_files=_same_files,
+        recipe_differences=recipe_differences,
     )
 
 
-def _figures(first: Record, second: Record, names: tuple[str, str]) -> Markup:
-    rows: list[list[Child]] = [[row.name, row.first, row.second] for row in compared_figures(first, second)]
-    return section("figures", "Figures", table("Figures of both runs", ("", *names), rows))
-
-
-def _recipes(first: Record, second: Record, names: tuple[str, str]) -> Markup:
-    found = recipe_differences(object_at(first.info, "recipe"), object_at(second.info, "recipe"))
-    if not found:
-        return section("recipe", "Recipe", note("Their recipes are the same."))
-    rows: list[list[Child]] = [[code(key), value_text(a), value_text(b)] for key, a, b in found]
-    same_data = _sums(first.info) == _sums(second.info)
-    return section(
-        "recipe",
-        "Recipe",
-        note("Their data files are the same." if same_data else "Their data files differ."),
-        table("Settings that differ", ("Setting", *names), rows),
-    )
+def _same_files(first: Record, second: Record) -> bool:
+    return _sums(first.info) == _sums(second.info)
 
 
 def _sums(info: Mapping[str, Any]) -> dict[str, str]:
     return {key: text(object_at(file).get("sha256")) for key, file in object_at(info, "files").items()}
-
-
-def _made(first: Record, second: Record, names: tuple[str, str]) -> Markup:
-    return facts(
-        [
-            (name, f"{record.model}, made {when(number(record.info.get('created'))) or 'at an unknown time'}")
-            for record, name in zip((first, second), names, strict=True)
-        ]
-    )

@@ -69,7 +69,7 @@ def _block(colours: Mapping[str, str]) -> str:
 
 def page_css() -> str:
     """The style sheet of a page: the system's theme unless one is chosen in the page, always light on paper."""
-    layout = files("localdpo.report").joinpath("page.css").read_text("utf-8")
+    layout = files("localdpo.report").joinpath("templates", "page.css").read_text("utf-8")
     light, dark = _block(LIGHT), _block(DARK)
     return "\n".join(
         (

@@ -15,7 +15,19 @@ from typing import Any
 
 from localdpo.evaluate.intervals import Figure
 
-__all__ = ["MAX_BYTES", "Figure", "figure", "flag", "items", "number", "object_at", "read_object", "text", "tilde"]
+__all__ = [
+    "MAX_BYTES",
+    "Figure",
+    "figure",
+    "flag",
+    "items",
+    "number",
+    "object_at",
+    "read_object",
+    "text",
+    "texts",
+    "tilde",
+]
 
 MAX_BYTES = 64_000_000
 """A JSON file larger than this is not read for a page."""
@@ -34,6 +46,11 @@ def number(value: object) -> float | None:
 def text(value: object) -> str:
     """`value` if it is a string, else an empty one."""
     return value if isinstance(value, str) else ""
+
+
+def texts(value: object) -> list[str]:
+    """The strings in a list; none if it is no list."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def flag(value: object) -> bool | None:
