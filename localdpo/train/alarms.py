@@ -134,7 +134,9 @@ class LossZero(StepRule):
         """Look at the loss without its NLL; other losses than plain sigmoid may well be 0, or never are."""
         if event.step > self.steps_per_epoch or self.dpo.loss_type != "sigmoid" or self.dpo.label_smoothing:
             return None
-        self.last.append(event.metrics["loss"] - self.dpo.rpo_alpha * event.metrics.get("nll_loss", 0.0))
+        if "nll_loss" not in event.metrics:  # not a preference loss
+            return None
+        self.last.append(event.metrics["loss"] - self.dpo.rpo_alpha * event.metrics["nll_loss"])
         if len(self.last) < 3:
             return None
         mean = fmean(self.last)
