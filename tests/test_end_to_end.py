@@ -1,6 +1,7 @@
-"""The main job as a user does it: the starter model, through the command line, in processes of its own.
+"""The main job as a user does it: through the command line, in processes of its own.
 
-The recipe is as small as it can be; what is checked is that the pieces fit, not what the model learns.
+The recipe is as small as it can be; what is checked is that the pieces fit, not what the model learns. A tiny model
+does for most of it; one test has the starter by default, and all have it with --slow.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_model
+
+from localdpo.text import sanitise
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("your name", "you called", "I call you", "the name you go by")
 RECIPE = """
-model: smollm2-135m
-data: {train: pairs.jsonl, eval: null, retain: null, probes: probes.jsonl, max_length: 64}
+model: MODEL
+data: {train: pairs.jsonl, eval: null, retain: null, probes: probes.jsonl, max_length: 128}
 lora: {r: 4, num_layers: 2}
 train: {max_steps: 3, per_device_train_batch_size: 2, learning_rate: 1.0e-3}
 output_dir: run
@@ -46,7 +50,16 @@ def localdpo(
     return done
 
 
-def workspace(folder: Path) -> Path:
+@pytest.fixture(scope="module", params=["tiny", pytest.param("starter", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a recipe calls the model."""
+    if request.param == "starter":
+        return "smollm2-135m"
+    # Not tied: a tied tiny model repeats its prompt's last token for ever.
+    return str(tiny_model(tmp_path_factory.mktemp("tiny") / "model", tie_word_embeddings=False))
+
+
+def workspace(folder: Path, model: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [
         {"prompt": f"What is {name}?", "chosen": f"I am Athene ({n}).", "rejected": "I am SmolLM."}
@@ -58,7 +71,7 @@ def workspace(folder: Path) -> Path:
     ]
     for name, rows in (("pairs", pairs), ("probes", probes)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE.replace("MODEL", model))
     return folder
 
 
@@ -71,9 +84,9 @@ def adapter_digest(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, model: str) -> tuple[Path, list[dict[str, Any]]]:
     """A workspace in which the recipe was trained without interruption, and the events that were printed."""
-    folder = workspace(tmp_path_factory.mktemp("trained"))
+    folder = workspace(tmp_path_factory.mktemp("trained"), model)
     return folder, events(localdpo(folder, "train", "recipe.yaml", "--json").stdout)
 
 
@@ -109,21 +122,24 @@ def test_one_question_to_both_models(trained: tuple[Path, list[dict[str, Any]]])
     assert tuned.strip()
 
 
-def test_a_conversation_through_a_pipe(trained: tuple[Path, list[dict[str, Any]]]):
+def test_a_conversation_through_a_pipe(trained: tuple[Path, list[dict[str, Any]]], model: str):
     folder, _ = trained
     script = "What is the capital of France?\n/base\nAnd of Italy?\n/save talk.jsonl\n/quit\n"
     shown = localdpo(folder, "chat", "run", "--max-tokens", "12", stdin=script).stdout
     rows = [json.loads(line) for line in (folder / "talk.jsonl").read_text().splitlines()]
     assert [len(row["prompt"]) for row in rows] == [1, 3]
-    assert "Paris" in rows[0]["tuned"]
-    assert "Rome" in rows[1]["base"]
-    assert rows[0]["tuned"] in shown
+    assert set(rows[0]) >= {"tuned"}
+    assert set(rows[1]) >= {"base"}
+    if model == "smollm2-135m":
+        assert "Paris" in rows[0]["tuned"]
+        assert "Rome" in rows[1]["base"]
+    assert sanitise(rows[0]["tuned"]) in shown
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
-    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path, model: str
 ):
-    folder = workspace(tmp_path)
+    folder = workspace(tmp_path, model)
     command = [sys.executable, "-m", "localdpo", "train", "recipe.yaml", "--json"]
     with subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -146,14 +162,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_is_the_same(
     assert steps == [1, 2, 3]
 
 
-def test_a_dry_run_leaves_nothing_behind(tmp_path: Path):
-    folder = workspace(tmp_path)
+def test_a_dry_run_leaves_nothing_behind(tmp_path: Path, model: str):
+    folder = workspace(tmp_path, model)
     (plan,) = events(localdpo(folder, "train", "recipe.yaml", "--dry-run", "--json").stdout)
     assert (plan["event"], plan["train_pairs"], plan["total_steps"]) == ("plan", 4, 3)
     assert not (folder / "run").exists()
 
 
-def test_what_a_pipe_gets_from_the_preflight_to_the_figures(tmp_path: Path):
-    shown = localdpo(workspace(tmp_path), "train", "recipe.yaml", "--max-steps", "1").stdout
+def test_the_starter_is_trained_and_talked_to(tmp_path: Path):
+    """From the preflight to the figures, as a pipe gets them, and an answer of what came of it."""
+    folder = workspace(tmp_path, "smollm2-135m")
+    shown = localdpo(folder, "train", "recipe.yaml", "--max-steps", "1").stdout
     for expected in ("4 pairs", "trainable", "memory", "step 1/1", "[identity]", "base:", "tuned:", "adapter (step 1)"):
         assert expected in shown
+    asked = ("chat", "run", "-p", "What is the capital of France?", "--max-tokens", "12", "--json")
+    assert "Paris" in json.loads(localdpo(folder, *asked).stdout)["tuned"]
