@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from localdpo.catalogue import find_entry
 from localdpo.errors import InputError, Problem
+from localdpo.paths import follow_recipe
 from localdpo.settings import Finding, Settings, conflict, to_yaml, validate
 from localdpo.yamlfile import KeyPath, parse_yaml, read_yaml
 
@@ -440,11 +441,11 @@ def check_recipe(text: str, path: str | Path, *, check_files: bool = True) -> Re
 
 
 def _checked(settings: Settings, path: Path, overrides: Sequence[str], check_files: bool) -> Recipe:
+    if path.name == _SNAPSHOT and (path.parent / "run.json").is_file():
+        # A run's own copy of its recipe: the run is where it is now, wherever it was started or moved from.
+        settings.values.update(follow_recipe(settings.values, path.parent), output_dir=str(path.parent))
     problems = settings.override(overrides)
     _resolve_paths(settings, path.absolute().parent)
-    if path.name == _SNAPSHOT and (path.parent / "run.json").is_file() and not settings.overridden(("output_dir",)):
-        # A run's own copy of its recipe: the run is where it is now, wherever it was started or moved from.
-        settings.values["output_dir"] = str(path.parent)
     settings.values.setdefault("output_dir", f"runs/{path.stem}")
     try:
         recipe = validate(Recipe, settings, _SYNONYMS)
@@ -517,6 +518,18 @@ def _missing_files(recipe: Recipe, settings: Settings) -> list[Problem]:
         fix = "Name the adapter folder of a run, such as runs/first/adapter"
         problems.append(Problem(settings.where(("lora", "init_from")), f"{start}: there is no adapter", fix))
     return problems
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The same recipe with every file and folder absolute: what is kept of a run is the same from anywhere."""
+
+    def absolute(section: BaseModel, *keys: str) -> Any:
+        paths = {key: value for key in keys if isinstance(value := getattr(section, key), Path)}
+        return section.model_copy(update={key: Path(os.path.abspath(path)) for key, path in paths.items()})
+
+    sections = {"data": absolute(recipe.data, *_DATA_FILES), "lora": absolute(recipe.lora, "init_from")}
+    whole: Recipe = absolute(recipe.model_copy(update=sections), "output_dir")
+    return whole
 
 
 def dump_recipe(recipe: Recipe) -> str:

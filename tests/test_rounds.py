@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,19 @@ def test_rounds_with_a_length_reward_shorten_unseen_answers(starter: Path, tmp_p
     figures = benchmark.measure(tmp_path / "rounds")
     before, *_, after = figures["mean_words_unseen"]
     assert after < 0.7 * before, json.dumps(figures)
+
+
+def test_a_series_that_was_moved_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = workspace(tmp_path / "project")
+    monkeypatch.chdir(root)
+    (first,) = done(quick(root, lora__init_from=adapter(root)), replace(plan(root, 1), folder=Path("rounds")))
+    assert json.loads((root / "rounds" / "round-01" / "round.json").read_text())["adapter"] == first.adapter
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "another" / "place"
+    place.parent.mkdir()
+    root.rename(place)
+    recipe = quick(place, lora__init_from=place / "start-8")
+    again, second = done(recipe, plan(place, 2))
+    assert again.skipped
+    assert again.adapter == str(place / "rounds" / "round-01" / "run" / "adapter")
+    assert second.adapter == str(place / "rounds" / "round-02" / "run" / "adapter")

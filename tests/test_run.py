@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,30 @@ def test_a_lock_that_says_nothing_is_no_trainer(recipe, monkeypatch, fault):
         monkeypatch.undo()
         folder.status_file.write_text(json.dumps(status))
         assert folder.is_running()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+def test_the_lock_of_another_user_is_asked_for_its_process(recipe):
+    """The lock is a real file of mode 0600, held by a trainer, and whoever looks may not open it."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        elsewhere = recipe.model_copy(update={"output_dir": place / "a"})
+        with open_new(elsewhere, _files(recipe)).run as run:
+            run.set_status(state="training")
+            run.status_file.chmod(0o644)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(PermissionError):
+                    run.lock_file.open("rb")
+                assert RunFolder(place / "a").is_running()
+                os.seteuid(0)
+                run.finish("stopped")
+                run.status_file.chmod(0o644)
+                os.seteuid(65534)
+                assert not RunFolder(place / "a").is_running()
+            finally:
+                os.seteuid(0)
 
 
 def test_looking_neither_blocks_a_trainer_nor_writes(recipe):

@@ -62,8 +62,17 @@ def make_hidden(folder: Path) -> Path:
     return folder
 
 
-def _prefix(path: Path) -> str:
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+def _names(drafts: Path, path: Path) -> tuple[str, str]:
+    """How the folders of ``path`` begin: by its place in the workspace, which may be moved; once by its whole path."""
+    whole = _prefix(path, path)
+    if drafts.parent.name != HIDDEN:
+        return whole, whole
+    place = os.path.relpath(os.path.realpath(path), os.path.realpath(drafts.parent.parent))
+    return _prefix(path, Path(place)), whole
+
+
+def _prefix(path: Path, place: Path) -> str:
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:12]
     return f"{_SAFE.sub('_', path.name)[:40]}-{digest}-"
 
 
@@ -85,7 +94,7 @@ class DraftFolder:
             if drafts.parent.name == HIDDEN:
                 make_hidden(drafts.parent)
             drafts.mkdir(parents=True, exist_ok=True, mode=0o700)
-            name = _prefix(path) + secrets.token_hex(6)
+            name = _names(drafts, path)[0] + secrets.token_hex(6)
             temporary = drafts / f".{name}"
             temporary.mkdir(mode=0o700)
             owner = (temporary / "owner").open("xb")
@@ -105,7 +114,7 @@ class DraftFolder:
         found = []
         with suppress(OSError):
             for entry in sorted(drafts.iterdir()):
-                if not entry.name.lstrip(".").startswith(_prefix(path)):
+                if not entry.name.lstrip(".").startswith(_names(drafts, path)):
                     continue
                 if entry.name.startswith(".") and time.time() - entry.stat().st_mtime < _BEING_MADE:
                     continue

@@ -8,6 +8,7 @@ either goes on in the other. This module knows neither models nor screens and ne
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def open_test(contest: Contest, prompts: Sequence[tuple[Message, ...]], file: Pa
         test = BlindTest.resume(journal)
         settle(test)
         return test
-    about = {"prompts": str(file) if file is not None else "held out", "max_tokens": ANSWER_TOKENS}
+    about = {"prompts": os.path.abspath(file) if file is not None else "held out", "max_tokens": ANSWER_TOKENS}
     return BlindTest.start(journal, contest.sides, secrets.randbits(32), about)
 
 

@@ -6,6 +6,7 @@ left empty and the verdict says what it could not judge. Leaving half way, by cl
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ def evaluate(run: RunFolder, options: EvalOptions | None = None) -> Generator[Ev
         model=recipe.model,
         verdict=judge(evidence_of_evaluation(held_out, drifted)),
         created=round(time.time(), 3),
-        pairs_file=str(options.pairs_file) if options.pairs_file is not None else None,
+        pairs_file=os.path.abspath(options.pairs_file) if options.pairs_file is not None else None,
         held_out=held_out,
         drift=drifted,
         tasks=task_results,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from localdpo.errors import InputError, Problem
 from localdpo.evaluate.generate.speakers import Models, Source
 from localdpo.evaluate.generate.work import ByEdits, Generated, GenerateSettings, generate_pairs
 from localdpo.files import atomic_write, environment_faults, write_json
-from localdpo.recipe import Recipe, dump_recipe
+from localdpo.paths import recipe_paths
+from localdpo.recipe import Recipe, anchored, dump_recipe
 from localdpo.steps import Steps
 from localdpo.train.events import EndEvent, Event, WarningEvent
 from localdpo.train.loop import train
@@ -101,6 +103,7 @@ def run_rounds(
     when the folder holds another series or a first round gives no pair, and what generating and training raise.
     """
     control = control or Control()
+    plan = replace(plan, folder=plan.folder.absolute())
     _claim(recipe, prompts, plan)
     adapter = recipe.lora.init_from
     for number in range(1, plan.rounds + 1):
@@ -124,18 +127,24 @@ def _claim(recipe: Recipe, prompts: Sequence[PromptRow], plan: Rounds) -> None:
     asked = [[dict(turn) for turn in row.prompt] for row in prompts]
     generate = plan.generate
     method = [type(generate.method).__name__, repr(_method_json(generate.method))]
-    decides = [plain, asked, generate.samples, repr(generate.sampling), generate.seed, method]
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    rest = [asked, generate.samples, repr(generate.sampling), generate.seed, method]
+    # Paths count as seen from the series, which may be moved together with what it names; once they were absolute.
+    portable = recipe_paths(plain, lambda path: os.path.relpath(path, plan.folder))
+    digest, absolute = (_digest([settings, *rest]) for settings in (portable, plain))
     file = plan.folder / SERIES
     with environment_faults(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
         known = json.loads(file.read_text("utf-8")).get("series") if file.is_file() else None
         if known is None and any(plan.folder.iterdir()):
             raise InputError(Problem(str(plan.folder), "is not empty and holds no rounds", "Give another --out"))
-    if known not in (None, digest):
+    if known not in (None, digest, absolute):
         message = "holds rounds of another recipe, other prompts or other settings"
         raise InputError(Problem(str(plan.folder), message, "Give another --out, or the settings it was begun with"))
-    write_json(file, {"series": digest, "rounds": plan.rounds, "recipe": recipe.model_dump(mode="json")})
+    write_json(file, {"series": digest, "rounds": plan.rounds, "recipe": anchored(recipe).model_dump(mode="json")})
+
+
+def _digest(decides: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _method_json(method: Any) -> Any:
@@ -148,10 +157,12 @@ def _method_json(method: Any) -> Any:
 def _finished(folder: Path) -> RoundDone | None:
     try:
         data = json.loads((folder / SUMMARY).read_bytes())
-        done = RoundDone(**{**data, "skipped": True})
+        # What it remembers of its folder may be relative to another place, or from before it was moved.
+        adapter = folder / "run" / "adapter"
+        done = RoundDone(**{**data, "folder": str(folder), "adapter": str(adapter), "skipped": True})
     except (OSError, ValueError, TypeError):
         return None
-    return done if done.adapter is not None and (Path(done.adapter) / "adapter_config.json").is_file() else None
+    return done if (adapter / "adapter_config.json").is_file() else None
 
 
 def _round(
@@ -181,7 +192,7 @@ def _round(
         "output_dir": folder / "run",
     }
     own = recipe.model_copy(update=values)
-    atomic_write(folder / "recipe.yaml", dump_recipe(own))
+    atomic_write(folder / "recipe.yaml", dump_recipe(anchored(own)))
     adapter = yield from _train(own, control)
     if adapter is None:
         return None

@@ -248,7 +248,9 @@ def _write(
     }
     message = f"Imported from {origin['from']}"
     status = Status(state="finished", reason="imported", message=message, adapter_step=0, updated=round(time.time(), 3))
-    end = EndEvent(reason="imported", message=message, adapter=str(RunFolder(target).adapter), adapter_step=0)
+    end = EndEvent(
+        reason="imported", message=message, adapter=str(RunFolder(target).adapter.absolute()), adapter_step=0
+    )
     write_json(run.info_file, described)
     write_json(run.status_file, asdict(status))
     atomic_write(run.metrics_file, event_line(end))
@@ -267,7 +269,7 @@ def _recipe(target: Path, model: OpenModel, info: LoraInfo) -> Recipe:
         {
             "model": spec,
             "quantize": model.quantized_at_load,
-            "output_dir": target,
+            "output_dir": target.absolute(),
             "data": {"train": target.absolute() / "pairs.jsonl", "eval": None, "retain": None},
             "lora": {
                 "r": info.rank,

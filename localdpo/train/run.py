@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from localdpo.errors import EnvironmentFault, InputError, Problem
 from localdpo.files import atomic_write, environment_faults, write_json
+from localdpo.paths import follow, follow_recipe
 from localdpo.train.events import Event, EventChunk, ProgressEvent, SampleEvent, event_line, read_events
 
 Request = Literal["resume", "pause", "stop"]
@@ -112,7 +113,27 @@ class RunFolder:
 
         The file may come from anywhere: parts that have another form than this program writes are left out.
         """
-        return {key: value for key, value in _read_object(self.info_file).items() if _is_sound(key, value)}
+        info = {key: value for key, value in _read_object(self.info_file).items() if _is_sound(key, value)}
+        return self._where_it_is(info) if "recipe" in info else info
+
+    def _where_it_is(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The same with its paths as they are now: a run may have been moved together with what it names."""
+        before = info["recipe"].get("output_dir")
+        if not isinstance(before, str) or os.path.abspath(self.path) == before:
+            return info
+        files = {
+            key: {**entry, "path": follow(entry["path"], before, self.path)}
+            for key, entry in info.get("files", {}).items()
+        }
+        found = {
+            **info,
+            "recipe": {**follow_recipe(info["recipe"], self.path), "output_dir": str(self.path.absolute())},
+        }
+        if "files" in info:
+            found["files"] = files
+        if "model" in info:
+            found["model"] = {**info["model"], "spec": follow(info["model"]["spec"], before, self.path)}
+        return found
 
     def damaged_info(self) -> list[str]:
         """The keys of run.json that :meth:`info` leaves out."""

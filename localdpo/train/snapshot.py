@@ -23,7 +23,7 @@ from localdpo import __version__
 from localdpo.errors import InputError, Problem
 from localdpo.files import atomic_write, environment_faults, require_space, sha256_file, write_json
 from localdpo.machine import describe_machine
-from localdpo.recipe import Recipe, dump_recipe
+from localdpo.recipe import Recipe, anchored, dump_recipe
 from localdpo.train.events import StepEvent
 from localdpo.train.run import ActiveRun, RunFolder, Status, acquire
 
@@ -53,7 +53,7 @@ _ENDS = (
     "train.early_stopping_patience",
     "train.stop_on",
 )
-_BY_CONTENT = ("data.train", "data.eval", "data.retain")
+_BY_CONTENT = ("data.train", "data.eval", "data.retain", "lora.init_from")
 _OURS = frozenset(
     {
         "run.json",
@@ -129,7 +129,7 @@ def open_new(
     Raises InputError for a folder that is not a run's, EnvironmentFault for a full or read-only disk or a live trainer.
     """
     path = Path(recipe.output_dir)
-    kept = recipe.model_copy(update={"output_dir": path.absolute()})
+    kept = anchored(recipe)
     require_space(path, _SPARE_BYTES + sum(file.path.stat().st_size for file in files.values()))
     with environment_faults(path):
         _refuse_foreign(path)
@@ -179,7 +179,7 @@ def open_again(recipe: Recipe, files: Mapping[str, DataFile]) -> Opened:
         before = folder.status()
         if before is not None and before.state == "finished":
             _refuse_finished(before, info, recipe)
-        kept = recipe.model_copy(update={"output_dir": folder.path.absolute()})
+        kept = anchored(recipe)
         with environment_faults(folder.path):
             folder.control_file.unlink(missing_ok=True)
             write_json(folder.info_file, {**info, "recipe": kept.model_dump(mode="json")})
@@ -260,7 +260,7 @@ def _write_info(path: Path, recipe: Recipe, files: Mapping[str, DataFile], fork:
             "created": round(time.time(), 3),
             "machine": describe_machine(),
             "recipe": recipe.model_dump(mode="json"),
-            "files": {key: {"path": str(file.path), "sha256": file.sha256} for key, file in files.items()},
+            "files": {key: {"path": os.path.abspath(file.path), "sha256": file.sha256} for key, file in files.items()},
             **({"fork": asdict(fork)} if fork else {}),
         },
     )
@@ -294,7 +294,9 @@ def _recipe_differences(info: Mapping[str, Any], recipe: Recipe) -> list[Problem
     problems = []
     for key, new in now.items():
         old = before.get(key)
-        by_content = key in _BY_CONTENT and isinstance(old, str) and isinstance(new, str)
+        by_content = (
+            key in info.get("files", {}) and key in _BY_CONTENT and isinstance(old, str) and isinstance(new, str)
+        )
         if old == new or key in MAY_CHANGE or key == "model" or by_content:
             continue
         problems.append(
