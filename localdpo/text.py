@@ -2,8 +2,8 @@
 
 Model output and data files may hold terminal escapes, bidirectional overrides and characters nobody sees.
 Everything that reaches a terminal, a log or an error message goes through `sanitise` (`inert_json` for JSON that
-is not pure ASCII). This module changes what is *shown* only: what is saved or encoded stays byte for byte as it
-was. It knows nothing about terminals or markup.
+is not pure ASCII). They change what is *shown* only: what is saved or encoded stays byte for byte as it was.
+`line_ends` is for texts that come in. This module knows nothing about terminals or markup.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-__all__ = ["UNSAFE_RANGES", "StreamSanitiser", "inert_json", "sanitise"]
+__all__ = ["UNSAFE_RANGES", "StreamSanitiser", "inert_json", "line_ends", "sanitise"]
 
 UNSAFE_RANGES: tuple[tuple[int, int], ...] = (
     (0x00, 0x08), (0x0B, 0x1F),  # C0 without \n and \t
@@ -43,6 +43,11 @@ def sanitise(text: str) -> str:
     Newlines and tabs stay; `\\r\\n` becomes `\\n`, as a line end is no attack, and a lone `\\r` becomes `␍`.
     """
     return _UNSAFE.sub(_picture, text.replace("\r\n", "\n"))
+
+
+def line_ends(text: str) -> str:
+    """Return `text` with `\\n` as its line ends: `\\r\\n` and `\\r` depend on the tool or the terminal it came from."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def inert_json(value: Any, indent: int | None = None) -> str:

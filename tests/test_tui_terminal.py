@@ -54,7 +54,9 @@ def new_pair(terminal: Terminal) -> None:
     sees(terminal, "Turn+", since)
 
 
-def saved(folder: Path) -> dict[str, object]:
+def saved(terminal: Terminal, folder: Path) -> dict[str, object]:
+    """The new pair, when the file has it."""
+    terminal.until(lambda: len((folder / "pairs.jsonl").read_bytes().splitlines()) == 4, "the file")
     return dict(json.loads((folder / "pairs.jsonl").read_text("utf-8").splitlines()[1]))
 
 
@@ -69,8 +71,7 @@ def test_lines_pasted_and_bytes_that_are_no_text_are_saved_as_they_should_be(ui:
     ui.send(b"\x1b[200~one\rtwo\r\n\rfour\x1b[201~\xff\x1b[M \x8e%\x1b[97:65;2:3u\x1b[99999999999;1u!")
     sees(ui, "four")
     ui.send(b"\x13")
-    ui.until(lambda: len((folder / "pairs.jsonl").read_bytes().splitlines()) == 4, "the file")
-    assert saved(folder)["prompt"] == "one\ntwo\n\nfour\ufffd!"
+    assert saved(ui, folder)["prompt"] == "one\ntwo\n\nfour\ufffd!"
     ui.send(b"\x1b[M \xc3\xa9\xfe\x1bOR")
     sees(ui, "Recipe")
     ui.process.send_signal(signal.SIGTERM)
@@ -95,8 +96,7 @@ def test_a_signal_is_heard_behind_a_storm_of_keys_and_what_was_typed_is_kept(
 def test_a_storm_of_keys_arrives_whole(ui: Terminal, folder: Path):
     new_pair(ui)
     ui.send(STORM + b"\x13")
-    ui.until(lambda: len((folder / "pairs.jsonl").read_bytes().splitlines()) == 4, "the file")
-    assert saved(folder)["prompt"] == STORM.decode()
+    assert saved(ui, folder)["prompt"] == STORM.decode()
 
 
 def test_a_signal_is_heard_by_an_app_whose_terminal_takes_nothing(ui: Terminal, folder: Path):
@@ -149,5 +149,4 @@ def test_a_paste_into_a_window_without_the_focus_arrives(ui: Terminal, folder: P
     ui.send(b"\x1b[O\x1b[200~one\rtwo\x1b[201~\x1b[I!")
     sees(ui, "two")
     ui.send(b"\x13")
-    ui.until(lambda: len((folder / "pairs.jsonl").read_bytes().splitlines()) == 4, "the file")
-    assert saved(folder)["prompt"] == "one\ntwo!"
+    assert saved(ui, folder)["prompt"] == "one\ntwo!"

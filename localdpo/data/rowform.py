@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from localdpo.text import line_ends
+
 __all__ = ["RowRefused", "implicit_prompt", "looks_serialised", "plain_row", "with_line_ends"]
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -145,12 +147,12 @@ def implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     TRL takes any common beginning. Answers that merely open alike have one too: it must hold a line end, or end in
     a question or a colon, and is cut between words.
     """
+    if chosen == rejected:
+        return None
     size = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     shared = chosen[: min(len(chosen), len(rejected)) if size is None else size]
     while shared and not shared[-1].isspace():
         shared = shared[:-1]
-    if chosen == rejected:
-        return None
     prompt, answers = shared.strip(), (chosen[len(shared) :].strip(), rejected[len(shared) :].strip())
     if not prompt or not all(answers) or not ("\n" in shared or _ENDS_PROMPT.search(prompt)):
         return None
@@ -158,9 +160,9 @@ def implicit_prompt(chosen: str, rejected: str) -> tuple[str, str, str] | None:
 
 
 def with_line_ends(value: Any) -> Any:
-    """`value` with every line end of its texts as \\n: what \\r\\n and \\r are depends on the tool that wrote them."""
+    """`value` with every line end of its texts as \\n."""
     if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+        return line_ends(value)
     if isinstance(value, Mapping):
         return {key: with_line_ends(inner) for key, inner in value.items()}
     if isinstance(value, Sequence):

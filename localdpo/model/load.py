@@ -34,6 +34,7 @@ from localdpo.model.safety import (
     ModelFiles,
     TensorEntry,
     check_model_folder,
+    config_parts,
     foreign_quantisation,
     foreign_quantisation_problem,
     read_json,
@@ -255,8 +256,7 @@ def _holds_floats(value: mx.array) -> bool:
 
 def _embedding_rows(config: dict[str, Any]) -> int | None:
     """How many ids the model has an embedding of, which the weights are held to when they are loaded."""
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
+    for part in config_parts(config):
         rows = part.get("vocab_size")
         if isinstance(rows, int):
             return rows

@@ -123,10 +123,15 @@ def check_config(config: dict[str, Any], where: str) -> list[Problem]:
     return [*problems, *_quantisation_problems(config, where)]
 
 
+def config_parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a config.json says of the model, and what a multimodal one says of its language model."""
+    text = config.get("text_config")
+    return config, text if isinstance(text, dict) else {}
+
+
 def foreign_quantisation(config: dict[str, Any]) -> str | None:
     """The method by which another library than MLX quantised the weights; None when none says so."""
-    text_config = config.get("text_config")
-    for part in (config, text_config if isinstance(text_config, dict) else {}):
+    for part in config_parts(config):
         settings = part.get("quantization_config")
         if isinstance(settings, dict) and "quantization" not in config:
             return _short(settings.get("quant_method")).strip("'\"")

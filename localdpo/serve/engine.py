@@ -40,6 +40,7 @@ from localdpo.model.generate import SamplingOptions, Token, stream
 from localdpo.model.load import LoadedModel, Memory, load_model
 from localdpo.model.lora import CONFIG_FILE, WEIGHTS_FILE, detach_lora, load_adapter, reattach_lora
 from localdpo.model.resolve import Notify
+from localdpo.model.safety import config_parts
 
 __all__ = ["Ended", "Engine", "Event", "Job", "PromptTooLong", "Query", "Started", "Token", "context_length"]
 
@@ -301,8 +302,7 @@ class _Adapters:
 
 def context_length(config: dict[str, Any]) -> int:
     """The tokens that prompt and answer may have together; a large number where the model does not say."""
-    text = config.get("text_config")
-    for values in (config, text if isinstance(text, dict) else {}):
+    for values in config_parts(config):
         length = values.get("max_position_embeddings")
         if type(length) is int and length > 0:
             return length

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cache
 
-from localdpo.text import UNSAFE_RANGES, sanitise
+from localdpo.text import UNSAFE_RANGES, line_ends, sanitise
 
-__all__ = ["StandIns", "line_ends", "picture", "signs"]
+__all__ = ["StandIns", "picture", "signs"]
 
 # Lone surrogates are not among them: no file of pairs holds one.
 _CODES = tuple(code for first, last in UNSAFE_RANGES if first != 0xD800 for code in range(first, last + 1))
@@ -35,11 +35,6 @@ def _signs() -> dict[int, str]:
 def signs(text: str) -> str:
     """Return `text` with a visible sign for each control character, for good: there is no way back."""
     return text.translate(_signs())
-
-
-def line_ends(text: str) -> str:
-    """Return text that comes in with `\\n` as its line ends; terminals send `\\r` for each line of a paste."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @cache

@@ -1,4 +1,5 @@
-"""Put right what can be put right without judgement: rows that teach nothing, exact repeats, terminal escapes.
+"""Put right what can be put right without judgement: rows that teach nothing, exact repeats, terminal escapes, carriage
+returns, and prompts that stand in their answers too.
 
 The file is rewritten line by line, whole or not at all, after a copy of it was made; lines that are not mended keep
 every byte. Everything else that a check finds is left to its author.
@@ -6,6 +7,7 @@ every byte. Everything else that a check finds is left to its author.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -30,7 +32,7 @@ __all__ = ["Fixed", "Signature", "fix_file", "signature_of"]
 
 Signature = tuple[int, int, int]
 _TEXTS = ("prompt", "chosen", "rejected", "system")
-_BOM = "\ufeff"
+_BOM = codecs.BOM_UTF8
 
 
 @dataclass(slots=True)
@@ -168,36 +170,41 @@ class _Plan:
         return new
 
 
+def _without_bom(line: bytes) -> tuple[bytes, bytes]:
+    """The mark that a file may begin with, and what follows it."""
+    body = line.removeprefix(_BOM)
+    return line[: len(line) - len(body)], body
+
+
 def _rest_of(line: bytes) -> bytes:
     """Return a digest of what a row has beside its texts and its id."""
-    row = parse_object(line.decode("utf-8").removeprefix(_BOM))
+    row = parse_object(_without_bom(line)[1].decode("utf-8"))
     rest = {key: value for key, value in row.items() if key not in (*_TEXTS, "id") and value is not None}
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _without_escapes(line: bytes) -> bytes:
-    text = line.decode("utf-8")
-    head, body = (_BOM, text[1:]) if text.startswith(_BOM) else ("", text)
-    row = parse_object(body)
+    head, body = _without_bom(line)
+    text = body.decode("utf-8")
+    row = parse_object(text)
     changes = {key: _clean(row[key]) for key in _TEXTS if key in row and _clean(row[key]) != row[key]}
     if not changes:
         return line
-    new = set_values(body, changes)
+    new = set_values(text, changes)
     # Rather a row with escapes than a wrong one.
-    return (head + new).encode("utf-8") if parse_object(new) == {**row, **changes} else line
+    return head + new.encode("utf-8") if parse_object(new) == {**row, **changes} else line
 
 
 def _without_prompt(line: bytes) -> bytes:
     """The line with the prompt taken out of both answers; what stands around them stays."""
-    body = line.rstrip(b"\r\n")
-    head = _BOM.encode() if body.startswith(_BOM.encode()) else b""
-    row = parse_object(body[len(head) :].decode("utf-8"))
-    pair, _ = take_pair(Row(0, row), "", ProblemLog())
+    head, rest = _without_bom(line)
+    body = rest.rstrip(b"\r\n")
+    pair, _ = take_pair(Row(0, parse_object(body.decode("utf-8"))), "", ProblemLog())
     if pair is None or not repeats_prompt(pair):
         return line
     chosen, rejected = without_prompt(pair)
-    draft = replace(read_row(body[len(head) :]).draft(), chosen=chosen, rejected=rejected)
-    return head + write_row(body[len(head) :], draft) + line[len(body) :]
+    draft = replace(read_row(body).draft(), chosen=chosen, rejected=rejected)
+    return head + write_row(body, draft) + rest[len(body) :]
 
 
 def _clean(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from textual.app import SuspendNotSupported
 
 from localdpo.errors import InputError, LocalDPOError, Problem
-from localdpo_tui.standin import line_ends
+from localdpo.text import line_ends
 
 if TYPE_CHECKING:
     from localdpo_tui.app import LocalDPOApp

@@ -8,7 +8,8 @@ from __future__ import annotations
 from textual.events import Paste
 from textual.widgets import Input
 
-from localdpo_tui.standin import line_ends, signs
+from localdpo.text import line_ends
+from localdpo_tui.standin import signs
 from localdpo_tui.terminal_input import Typed
 
 __all__ = ["SafeInput"]
