@@ -17,6 +17,7 @@ from localdpo.data.check.report import DEFAULT_MAX_LENGTH, CheckOptions, Report,
 from localdpo.data.check.tokens import ExactCounter
 from localdpo.data.pairs import listed, read_prompts
 from localdpo.errors import InputError, LocalDPOError, Problem
+from localdpo.paths import from_here
 from localdpo.recipe import Truncation, load_recipe
 from localdpo.text import sanitise
 
@@ -61,16 +62,11 @@ def settings_of(file: Path | None, recipe_file: Path | None) -> Settings:
     recipe = load_recipe(recipe_file, check_files=False)
     data = recipe.data
     named = (("eval", data.eval), ("probes", data.probes), ("retain", data.retain))
-    others = tuple(Other(_from_here(path), purpose) for purpose, path in named if isinstance(path, Path))  # type: ignore[arg-type]
+    others = tuple(Other(Path(from_here(path)), purpose) for purpose, path in named if isinstance(path, Path))  # type: ignore[arg-type]
     expected = [text for row in read_prompts(data.probes) for text in row.accept] if data.probes else []
     return Settings(
-        file or _from_here(data.train), others, tuple(expected), data.max_length, data.truncation, recipe.model
+        file or Path(from_here(data.train)), others, tuple(expected), data.max_length, data.truncation, recipe.model
     )
-
-
-def _from_here(path: Path) -> Path:
-    """A recipe's paths are absolute; those below this folder read better without it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def exact_counter(spec: str | None, only_from: int, *, required: bool) -> tuple[ExactCounter | None, str]:

@@ -14,6 +14,7 @@ from localdpo.console.pairs_generate import MethodOptions, sampling_of
 from localdpo.console.signals import StopSignals
 from localdpo.console.terminal import duration_text
 from localdpo.data.pairs import read_pairs, read_prompts
+from localdpo.paths import from_here
 from localdpo.recipe import load_recipe
 from localdpo.text import sanitise
 from localdpo.train.run import Control
@@ -89,4 +90,5 @@ def _done_text(event: RoundDone) -> str:
     gap = "" if event.gap is None else f", score gap {event.gap:.3f}"
     words = f"chosen {event.words_chosen:.1f} words, rejected {event.words_rejected:.1f}"
     took = "" if event.skipped else f", {duration_text(event.seconds)}"
-    return f"round {event.number}{again}: {event.pairs} pairs, {words}{gap}{took}; adapter {event.adapter}"
+    adapter = "" if event.adapter is None else f"; adapter {from_here(event.adapter)}"
+    return f"round {event.number}{again}: {event.pairs} pairs, {words}{gap}{took}{adapter}"

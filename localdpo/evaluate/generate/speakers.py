@@ -24,6 +24,7 @@ from localdpo.model.load import LoadedModel, load_model
 from localdpo.model.lora import WEIGHTS_FILE, adapters_off, load_adapter
 from localdpo.model.sample import batch_sample
 from localdpo.model.sampling import SamplingOptions
+from localdpo.paths import from_here
 from localdpo.sequences import Ids
 
 __all__ = ["Answered", "Models", "Source", "Speaker", "answer_all"]
@@ -47,7 +48,7 @@ class Source:
     @property
     def name(self) -> str:
         """For people: the model, and whose adapter."""
-        return f"{self.model} with {self.adapter}" if self.adapter is not None else self.model
+        return f"{self.model} with {from_here(self.adapter)}" if self.adapter is not None else self.model
 
 
 @dataclass(frozen=True, slots=True)
